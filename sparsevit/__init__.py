@@ -1,0 +1,15 @@
+"""SparseViT: Swin backbones that skip the windows that matter least."""
+
+from sparsevit.backbone import BACKBONES, SparseSwin, SwinConfig, create_backbone
+from sparsevit.sparsity import SparsitySpace, SparsityVector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKBONES",
+    "SparseSwin",
+    "SparsitySpace",
+    "SparsityVector",
+    "SwinConfig",
+    "create_backbone",
+]

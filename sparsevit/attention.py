@@ -1,0 +1,45 @@
+"""Window attention with relative position bias (Swin, section 3.2).
+
+Legend: P windows of the whole batch; N tokens per window; C channels; T attention-mask types.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsevit.windows import relative_position_index
+
+MASKED_LOGIT = -100.0
+"""What Swin adds to the logit of a pair of tokens that the cyclic shift brought together."""
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside every window, blind to which windows it is given."""
+
+    def __init__(self, channels: int, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def logit_bias(self, mask_TNN: Tensor | None) -> Tensor:
+        """What is added to the logits, for every mask type: [T, heads, N, N], T = 1 without mask."""
+        index_NN = relative_position_index(self.window_size, self.relative_position_bias_table.device)
+        num_positions = index_NN.shape[0]
+        bias = self.relative_position_bias_table.index_select(0, index_NN.flatten())
+        bias = bias.view(1, num_positions, num_positions, self.num_heads).permute(0, 3, 1, 2)
+        if mask_TNN is None:
+            return bias
+        return bias + mask_TNN[:, None].to(bias.dtype) * MASKED_LOGIT
+
+    def forward(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
+        """Attend inside windows: [P, N, C] and a bias that broadcasts to [P, heads, N, N]."""
+        num_windows, num_positions, channels = x_PNC.shape
+        qkv = self.qkv(x_PNC).view(num_windows, num_positions, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias.to(query.dtype))
+        out: Tensor = self.proj(attended.transpose(1, 2).reshape(num_windows, num_positions, channels))
+        return out

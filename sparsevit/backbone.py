@@ -1,0 +1,197 @@
+"""SparseSwin: a Swin Transformer whose stages run on the windows that matter.
+
+Swin: arXiv 2103.14030. SparseViT: arXiv 2303.17605. At ratio 0 it equals dense Swin at every
+input size (padding after LN1, odd grids padded before merging, no shift on an axis that a single
+window covers).
+
+Legend: B images; H, W token grid; L = H · W; C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsevit.block import KeptWindows, SwinBlock
+from sparsevit.scoring import rank_windows, score_tokens, select_windows
+from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
+from sparsevit.windows import effective_shift, window_grid
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """Shape of a Swin: channels of the first stage, blocks and heads per stage, window size."""
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_size: int = 7
+    patch_size: int = 4
+    mlp_ratio: float = 4.0
+
+
+BACKBONES = {
+    "swin_nano": SwinConfig(32, (2, 2, 4, 2), (1, 2, 4, 8), window_size=4),
+    "swin_t": SwinConfig(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_s": SwinConfig(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_b": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_l": SwinConfig(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "swin_b_window12": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12),
+    "swin_l_window12": SwinConfig(192, (2, 2, 18, 2), (6, 12, 24, 48), window_size=12),
+}
+
+
+class PatchEmbedding(nn.Module):
+    """Cut the image into patches and embed them: [B, 3, h, w] to tokens [B, H, W, C]."""
+
+    def __init__(self, channels: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, channels, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x_BHWC: Tensor = self.norm(self.proj(images).permute(0, 2, 3, 1))
+        return x_BHWC
+
+
+class PatchMerging(nn.Module):
+    """Join 2 × 2 tokens into one of twice the channels; odd grids are padded first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        height, width = x_BHWC.shape[1:3]
+        if height % 2 or width % 2:
+            x_BHWC = F.pad(x_BHWC, (0, 0, 0, width % 2, 0, height % 2))
+        corners = [x_BHWC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        merged: Tensor = self.reduction(self.norm(torch.cat(corners, dim=-1)))
+        return merged
+
+
+class SparseStage(nn.Module):
+    """Blocks on one token grid. Scores are taken once, where the first pruned block begins."""
+
+    def __init__(self, blocks: Sequence[SwinBlock], window_size: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.window_size = window_size
+
+    def forward(self, x_BHWC: Tensor, ratios: Sequence[float]) -> Tensor:
+        """Run every block on the windows that its pair's ratio keeps.
+
+        Args:
+            x_BHWC: tokens; this buffer is overwritten.
+            ratios: one per pair of blocks, non-decreasing.
+        """
+        num_images, height, width, channels = x_BHWC.shape
+        x_RC = x_BHWC.reshape(-1, channels)
+        if height % self.window_size or width % self.window_size:
+            x_RC = torch.cat((x_RC, x_RC.new_zeros(1, channels)))  # the sink row of the padding
+        num_rows = num_images * height * width
+        scores_BL: Tensor | None = None
+        rankings: dict[tuple[int, int], Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            shift = effective_shift(
+                (height, width), self.window_size, self.window_size // 2 if index % 2 else 0
+            )
+            grid = window_grid((height, width), self.window_size, shift, x_RC.device)
+            kept_BK: Tensor | None = None
+            if ratios[index // 2] > 0:
+                if scores_BL is None:
+                    scores_BL = score_tokens(x_RC[:num_rows].view(num_images, -1, channels))
+                if shift not in rankings:
+                    rankings[shift] = rank_windows(scores_BL, grid)
+                kept_BK = select_windows(rankings[shift], ratios[index // 2])
+            x_RC = block(x_RC, KeptWindows.gather(grid, kept_BK, num_images))
+        return x_RC[:num_rows].view(num_images, height, width, channels)
+
+
+class SparseSwin(nn.Module):
+    """Swin backbone for dense prediction, at any sparsity.
+
+    Args:
+        config: shape of the network.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+
+    Attributes:
+        num_channels: channels of every stage's output.
+        strides: input pixels per output pixel, for every stage.
+    """
+
+    def __init__(self, config: SwinConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.depths = config.depths
+        self.num_channels = tuple(config.embed_dim * 2**stage for stage in range(len(config.depths)))
+        self.strides = tuple(config.patch_size * 2**stage for stage in range(len(config.depths)))
+        drop_path_rates = iter(torch.linspace(0.0, drop_path_rate, sum(config.depths)).tolist())
+        self.patch_embed = PatchEmbedding(config.embed_dim, config.patch_size)
+        self.stages = nn.ModuleList(
+            SparseStage(
+                [
+                    SwinBlock(channels, num_heads, config.window_size, config.mlp_ratio, next(drop_path_rates))
+                    for _ in range(depth)
+                ],
+                config.window_size,
+            )
+            for channels, depth, num_heads in zip(
+                self.num_channels, config.depths, config.num_heads, strict=True
+            )
+        )
+        self.downsamples = nn.ModuleList(PatchMerging(channels) for channels in self.num_channels[:-1])
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.num_channels)
+        self.apply(_initialize)
+
+    @property
+    def space(self) -> SparsitySpace:
+        """All vectors of this backbone over the published choices 0, 0.1 … 0.8."""
+        return SparsitySpace(self.depths)
+
+    def forward(self, images: Tensor, sparsity: SparsityVector | None = None) -> list[Tensor]:
+        """Compute one feature map per stage, after its norm.
+
+        Args:
+            images: [B, 3, h, w], at least one patch in each direction.
+            sparsity: ratios per pair of blocks; dense if None.
+
+        Returns:
+            [B, C, H, W] per stage, channels last in memory.
+
+        Raises:
+            ValueError: if the vector does not fit the depths of this backbone.
+        """
+        space = self.space
+        if sparsity is None:
+            sparsity = space.dense
+        check_fits(sparsity, self.depths)
+        x_BHWC = self.patch_embed(images)
+        features = []
+        for index, ratios in enumerate(space.split(sparsity.ratios)):
+            x_BHWC = self.stages[index](x_BHWC, ratios)
+            features.append(self.norms[index](x_BHWC).permute(0, 3, 1, 2))
+            if index < len(self.downsamples):
+                x_BHWC = self.downsamples[index](x_BHWC)
+        return features
+
+
+def create_backbone(name: str, *, drop_path_rate: float = 0.0) -> SparseSwin:
+    """Build a backbone by name, randomly initialised.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
+    return SparseSwin(BACKBONES[name], drop_path_rate)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,250 @@
+"""Instance segmentation data in COCO format: read, check, decode.
+
+Legend: I instances of an image; H, W its height and width.
+"""
+
+import contextlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from sparsevit.data.errors import DataError
+
+Sample = tuple[torch.Tensor, dict[str, Any]]
+Transform = Callable[[torch.Tensor, dict[str, Any]], Sample]
+
+
+class CocoInstances(Dataset[Sample]):
+    """One split of a data set in COCO format.
+
+    An item is an image, [3, H, W] uint8, and a target for torchvision's Mask R-CNN: ``boxes``
+    [I, 4] (x1, y1, x2, y2), ``labels`` [I] from 1, ``masks`` [I, H, W], ``image_id``. Crowd
+    regions are not targets; the evaluation knows them from `coco`.
+
+    Args:
+        root: folder of the data set.
+        split: ``train2017`` stands for ``annotations/instances_train2017.json`` and the images in
+            ``train2017/``; a path ending in ``.json`` (relative to `root`) names the annotations
+            themselves, with images in the folder of the same split name, or else in `root`.
+        image_ids: use only these images.
+
+    Raises:
+        DataError: if the annotations are missing, broken, or contradict themselves.
+    """
+
+    def __init__(self, root: Path, split: str, *, image_ids: Iterable[int] | None = None) -> None:
+        self.root = root
+        self.split = split
+        self.annotation_file, self.image_folder = locate_split(root, split)
+        dataset = read_annotations(self.annotation_file, self.image_folder)
+        self.num_dropped = _drop_degenerate(dataset)
+        self.coco = COCO()
+        self.coco.dataset = dataset
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            self.coco.createIndex()
+        self.category_ids = sorted(self.coco.cats)
+        self.class_names = tuple(str(self.coco.cats[category]["name"]) for category in self.category_ids)
+        self.labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
+        self.image_ids = sorted(self.coco.imgs) if image_ids is None else sorted(image_ids)
+        self.transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Decode one image and its targets, then apply the transform, if any."""
+        image_id = self.image_ids[index]
+        image = tv_tensors.Image(read_image(self.image_path(image_id)))
+        annotations = [
+            annotation for annotation in self.coco.imgToAnns[image_id] if not annotation.get("iscrowd", 0)
+        ]
+        height, width = image.shape[-2:]
+        masks = np.zeros((len(annotations), height, width), dtype=np.uint8)
+        for mask, annotation in zip(masks, annotations, strict=True):
+            mask[:] = self.coco.annToMask(annotation)
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32)
+        boxes = boxes.reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor([self.labels[a["category_id"]] for a in annotations], dtype=torch.int64),
+            "masks": tv_tensors.Mask(torch.from_numpy(masks)),
+            "image_id": image_id,
+        }
+        return (image, target) if self.transform is None else self.transform(image, target)
+
+    def image_path(self, image_id: int) -> Path:
+        path: Path = self.image_folder / self.coco.imgs[image_id]["file_name"]
+        return path
+
+    def subset(self, image_ids: Iterable[int]) -> "CocoInstances":
+        """The same split, restricted to some of its images."""
+        return CocoInstances(self.root, self.split, image_ids=image_ids)
+
+    def hold_out(self, num_images: int, seed: int) -> tuple["CocoInstances", "CocoInstances"]:
+        """Split off `num_images` at random: the rest, and the held-out ones.
+
+        Raises:
+            DataError: if fewer than one image would be left.
+        """
+        if not 0 < num_images < len(self):
+            raise DataError(
+                f"cannot hold out {num_images} images for the search from the {len(self)} of {self.split!r}: "
+                "lower data.num_search, or name a split with data.search"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = [self.image_ids[index] for index in order[:num_images]]
+        rest = [self.image_ids[index] for index in order[num_images:]]
+        return self.subset(rest), self.subset(held_out)
+
+    def verify_images(self, *, decode: bool, on_image: Callable[[], None] = lambda: None) -> None:
+        """Open every image, or decode it in full, and compare its size with the annotations.
+
+        Raises:
+            DataError: naming the first image that is missing, unreadable or of another size.
+        """
+        for image_id in self.image_ids:
+            path = self.image_path(image_id)
+            record = self.coco.imgs[image_id]
+            with _open_image(path) as image:
+                if image.size != (record["width"], record["height"]):
+                    raise DataError(
+                        f"{path} is {image.size[0]}×{image.size[1]} pixels, but {self.annotation_file} says "
+                        f"{record['width']}×{record['height']}"
+                    )
+            if decode:
+                read_image(path)
+            on_image()
+
+
+def locate_split(root: Path, split: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of a split (see `CocoInstances`)."""
+    if not root.is_dir():
+        raise DataError(f"data root {root} is not a folder: set data.root to a data set in COCO format")
+    if split.endswith(".json"):
+        annotation_file = root / split
+        name = annotation_file.stem.removeprefix("instances_")
+    else:
+        annotation_file = root / "annotations" / f"instances_{split}.json"
+        name = split
+    if not annotation_file.is_file():
+        known = sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
+        raise DataError(f"{annotation_file} does not exist; {root} has the splits {known}")
+    return annotation_file, root / name if (root / name).is_dir() else root
+
+
+def read_annotations(annotation_file: Path, image_folder: Path) -> dict[str, Any]:
+    """Parse and check a COCO annotation file."""
+    try:
+        dataset = json.loads(annotation_file.read_text())
+        images, categories = dataset["images"], dataset["categories"]
+        annotations = dataset["annotations"]
+        image_ids = _unique_ids(images, "image", annotation_file)
+        category_ids = _unique_ids(categories, "category", annotation_file)
+        for image in images:
+            _check_image_record(image, image_folder, annotation_file)
+        for annotation in annotations:
+            _check_annotation(annotation, image_ids, category_ids, annotation_file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{annotation_file} is not valid JSON: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{annotation_file} is not in COCO format: {type(error).__name__} {error}") from error
+    if not images:
+        raise DataError(f"{annotation_file} lists no images")
+    if not categories:
+        raise DataError(f"{annotation_file} lists no categories")
+    return dict(dataset)
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """Decode an image as RGB: [3, H, W] uint8.
+
+    Raises:
+        DataError: naming the file if it is missing, truncated or no image.
+    """
+    with _open_image(path) as image:
+        try:
+            return pil_to_tensor(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{path} cannot be decoded: {error}") from error
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise DataError(f"image {path} does not exist, but the annotations list it") from error
+    except OSError as error:
+        raise DataError(f"{path} is not a readable image: {error}") from error
+
+
+def _unique_ids(records: Sequence[dict[str, Any]], kind: str, annotation_file: Path) -> set[int]:
+    counts = Counter(record["id"] for record in records)
+    repeated = [identifier for identifier, count in counts.items() if count > 1]
+    if repeated:
+        raise DataError(f"{annotation_file} lists {kind} id {repeated[0]} {counts[repeated[0]]} times")
+    return set(counts)
+
+
+def _check_image_record(image: dict[str, Any], image_folder: Path, annotation_file: Path) -> None:
+    file_name = image["file_name"]
+    folder = image_folder.resolve()
+    if not (folder / file_name).resolve().is_relative_to(folder):
+        raise DataError(
+            f"{annotation_file}: file_name {file_name!r} of image {image['id']} leaves the data root {folder}"
+        )
+    if min(image["width"], image["height"]) < 1:
+        raise DataError(
+            f"{annotation_file}: image {image['id']} has size {image['width']}×{image['height']}; "
+            "width and height must be positive"
+        )
+
+
+def _check_annotation(
+    annotation: dict[str, Any], image_ids: set[int], category_ids: set[int], annotation_file: Path
+) -> None:
+    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+        if annotation[key] not in known:
+            raise DataError(
+                f"{annotation_file}: annotation {annotation['id']} has the unknown {key} {annotation[key]}"
+                + (f"; known are {sorted(known)[:20]}" if key == "category_id" else "")
+            )
+    segmentation = annotation["segmentation"]
+    polygons = segmentation if isinstance(segmentation, list) else []
+    if isinstance(segmentation, dict):
+        segmentation["size"], segmentation["counts"]  # noqa: B018  (KeyError if it is no RLE)
+    elif not isinstance(segmentation, list) or any(len(p) < 6 or len(p) % 2 for p in polygons):
+        raise DataError(
+            f"{annotation_file}: annotation {annotation['id']} has a malformed segmentation; a polygon is a "
+            "flat list of at least three x, y pairs"
+        )
+    if len(annotation["bbox"]) != 4 or not np.isfinite(annotation["bbox"]).all():
+        raise DataError(
+            f"{annotation_file}: annotation {annotation['id']} has bbox {annotation['bbox']}; "
+            "it must be four finite numbers x, y, width, height"
+        )
+
+
+def _drop_degenerate(dataset: dict[str, Any]) -> int:
+    """Remove boxes and masks of no area in place; return how many were removed."""
+    kept = [annotation for annotation in dataset["annotations"] if _has_area(annotation)]
+    num_dropped = len(dataset["annotations"]) - len(kept)
+    dataset["annotations"] = kept
+    return num_dropped
+
+
+def _has_area(annotation: dict[str, Any]) -> bool:
+    segmentation = annotation["segmentation"]
+    has_mask = bool(segmentation["counts"]) if isinstance(segmentation, dict) else bool(segmentation)
+    return has_mask and min(annotation["bbox"][2:]) > 0 and annotation.get("area", 1) > 0

@@ -1,0 +1,188 @@
+"""One trainer for the dense model, the adaptation and the finetuning.
+
+Every random choice of a step (samples, augmentation, vector, RoI sampling) is a function of the
+seed and the step number, so that a run resumed from a checkpoint continues as if never stopped.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+
+from sparsevit.data.order import SeededSamples, TrainingOrder, collate, derive_seed, seeded
+from sparsevit.sparsity import SparsityVector
+from sparsevit.tasks.protocol import Task
+
+VectorLaw = Callable[[torch.Generator], SparsityVector | None]
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        num_steps: optimiser steps in all.
+        schedule: ``cosine`` to zero, or ``step``: divided by ten at every milestone.
+        milestones: shares of `num_steps` at which ``step`` lowers the rate.
+        precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where it is fast.
+        clip_norm: gradient norm at most; 0 for no clipping.
+        checkpoint_every_s: seconds between two checkpoints.
+    """
+
+    num_steps: int
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 500
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (8 / 12, 11 / 12)
+    precision: str = "auto"
+    clip_norm: float = 1.0
+    num_workers: int = 0
+    checkpoint_every_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "step"):
+            raise ValueError(f"schedule must be cosine or step, got {self.schedule!r}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+        if self.num_steps < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"num_steps must be at least 0 and batch_size at least 1, "
+                f"got {self.num_steps} and {self.batch_size}"
+            )
+
+
+def train(
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    config: TrainingConfig,
+    *,
+    draw_vector: VectorLaw,
+    seed: int,
+    checkpoint: Path,
+    on_step: OnStep = lambda step, values: None,
+) -> None:
+    """Train `model` in place, from `checkpoint` if that file exists.
+
+    Args:
+        draw_vector: the vector of a step, from that step's generator; None for dense.
+        checkpoint: written every `config.checkpoint_every_s` seconds, so that a kill loses no more.
+        on_step: called after every step with its number (from 1) and its losses.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = build_optimizer(model, config)
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    first_step = _restore(checkpoint, model, optimizer, scheduler, device)
+    order = TrainingOrder(
+        len(dataset),  # type: ignore[arg-type]
+        seed=seed,
+        start=first_step * config.batch_size,
+        stop=config.num_steps * config.batch_size,
+    )
+    loader = DataLoader(
+        SeededSamples(dataset),
+        config.batch_size,
+        sampler=order,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+    )
+    precision = resolve_precision(config.precision, device)
+    model.train()
+    last_checkpoint = time.monotonic()
+    for step, batch in enumerate(loader, start=first_step + 1):
+        vector = draw_vector(seeded(seed, step, 1))
+        with torch.random.fork_rng():  # torchvision's RoI sampling draws from the global state
+            torch.manual_seed(derive_seed(seed, step, 2))
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                losses = task.losses(model, batch, vector)
+                loss = torch.stack(list(losses.values())).sum()
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        if not math.isfinite(sum(values.values())):
+            raise FloatingPointError(
+                f"the loss of step {step} is not finite ({values}): lower learning_rate "
+                f"({config.learning_rate}) or clip_norm ({config.clip_norm})"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if config.clip_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        on_step(step, {"loss": sum(values.values()), **values})
+        if time.monotonic() - last_checkpoint >= config.checkpoint_every_s:
+            _save(checkpoint, model, optimizer, scheduler, step)
+            last_checkpoint = time.monotonic()
+    model.eval()
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW without weight decay on norms, biases and position-bias tables."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim < 2 or name.endswith("relative_position_bias_table")
+            (plain if is_plain else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    """Share of the base rate at `step` (from 0): linear warm-up, then the schedule."""
+    warmup = min(config.warmup_steps, config.num_steps // 4)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.num_steps - warmup)))
+    return float(0.1 ** sum(step >= share * config.num_steps for share in config.milestones))
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` is bf16 where the device multiplies it faster than fp32: CUDA, and CPUs with AVX512-BF16 or AMX."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _restore(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, device: torch.device
+) -> int:
+    if not checkpoint.is_file():
+        return 0
+    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return int(state["step"])
+
+
+def _save(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, step: int
+) -> None:
+    state: dict[str, Tensor | dict[str, Any] | int] = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"last_epoch": scheduler.last_epoch, "_step_count": scheduler._step_count},
+        "step": step,
+    }
+    partial = checkpoint.with_name(checkpoint.name + ".partial")
+    torch.save(state, partial)
+    os.replace(partial, checkpoint)
