@@ -1,6 +1,8 @@
 """SparseViT: Swin backbones that skip the windows that matter least."""
 
 from sparsevit.backbone import BACKBONES, SparseSwin, SwinConfig, create_backbone
+from sparsevit.checkpoints import load_backbone_weights
+from sparsevit.export import load_exported
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
 __version__ = "0.1.0"
@@ -12,4 +14,6 @@ __all__ = [
     "SparsityVector",
     "SwinConfig",
     "create_backbone",
+    "load_backbone_weights",
+    "load_exported",
 ]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from sparsevit.data.order import SeededSamples, TrainingOrder, collate, derive_seed, seeded
+from sparsevit.data.order import SeededSamples, TrainingOrder, derive_seed, seeded
+from sparsevit.data.sample import collate
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.protocol import Task
 

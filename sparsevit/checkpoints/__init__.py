@@ -1,0 +1,7 @@
+"""Weights in and out: files that other people wrote, and our own."""
+
+from sparsevit.checkpoints.backbone import load_backbone_weights
+from sparsevit.checkpoints.files import CheckpointError, read_weights, write_weights
+from sparsevit.checkpoints.model import load_model_weights
+
+__all__ = ["CheckpointError", "load_backbone_weights", "load_model_weights", "read_weights", "write_weights"]

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sparsevit.data.coco import Sample, Transform
+from sparsevit.data.sample import Sample, Transform
 
 
 def instance_augmentation(image_size: int, scale_range: tuple[float, float]) -> Transform:

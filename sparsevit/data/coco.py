@@ -20,9 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from sparsevit.data.errors import DataError
-
-Sample = tuple[torch.Tensor, dict[str, Any]]
-Transform = Callable[[torch.Tensor, dict[str, Any]], Sample]
+from sparsevit.data.sample import Sample, Transform
 
 
 class CocoInstances(Dataset[Sample]):

@@ -1,12 +1,12 @@
 """The order of training samples, as a pure function of the seed: a resumed run continues it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from sparsevit.data.coco import Sample
+from sparsevit.data.sample import Sample
 
 
 class TrainingOrder(Sampler[tuple[int, int]]):
@@ -60,9 +60,3 @@ def derive_seed(*parts: int) -> int:
 def seeded(*parts: int) -> torch.Generator:
     """A generator for one purpose, from the seed and the numbers that tell it from others."""
     return torch.Generator().manual_seed(derive_seed(*parts))
-
-
-def collate(samples: Sequence[Sample]) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """Keep images and targets as lists: their sizes differ."""
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)

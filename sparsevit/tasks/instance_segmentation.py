@@ -1,151 +1,24 @@
-"""Instance segmentation: torchvision's Mask R-CNN with a feature pyramid on a sparse Swin.
+"""Instance segmentation: mask AP of a Mask R-CNN on data in COCO format."""
 
-Mask R-CNN: arXiv 1703.06870. The vector is an argument of `forward`, never state.
-
-Legend: D detections of an image; H, W its height and width.
-"""
-
-import contextlib
-import io
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.data.coco import CocoInstances
-from sparsevit.data.order import collate
+from sparsevit.data.sample import collate
 from sparsevit.sparsity import SparsityVector
+from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, SparseMaskRCNN, SparsePyramid
 from sparsevit.tasks.protocol import Batch
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class MaskRCNNConfig:
-    """Widths and sampling of the detector. The defaults are those of the paper's recipe.
-
-    `image_size` is the side of the square that every image is resized to fit and padded to.
-    """
-
-    num_classes: int
-    image_size: int = 672
-    fpn_channels: int = 256
-    box_channels: int = 1024
-    mask_channels: int = 256
-    smallest_anchor: int = 32
-    num_proposals: int = 1000
-    num_rois_per_image: int = 512
-    num_detections: int = 100
-
-
-class SparsePyramid(nn.Module):
-    """Backbone and feature pyramid, as torchvision's detectors want them."""
-
-    def __init__(self, body: SparseSwin, out_channels: int) -> None:
-        super().__init__()
-        self.body = body
-        self.fpn = FeaturePyramidNetwork(
-            list(body.num_channels), out_channels, extra_blocks=LastLevelMaxPool()
-        )
-        self.out_channels = out_channels
-
-    def forward(self, images: Tensor, sparsity: SparsityVector | None = None) -> dict[str, Tensor]:
-        features = self.body(images, sparsity)
-        pyramid: dict[str, Tensor] = self.fpn(
-            OrderedDict((str(level), feature.contiguous()) for level, feature in enumerate(features))
-        )
-        return pyramid
-
-
-class SparseMaskRCNN(MaskRCNN):
-    """torchvision's Mask R-CNN whose `forward` takes a sparsity vector."""
-
-    def __init__(self, backbone: SparseSwin, config: MaskRCNNConfig) -> None:
-        levels = [str(level) for level in range(len(backbone.num_channels))]
-        sizes = tuple((config.smallest_anchor * 2**level,) for level in range(len(levels) + 1))
-        super().__init__(
-            SparsePyramid(backbone, config.fpn_channels),
-            min_size=config.image_size,
-            max_size=config.image_size,
-            size_divisible=config.image_size,
-            image_mean=list(IMAGE_MEAN),
-            image_std=list(IMAGE_STD),
-            rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-            rpn_pre_nms_top_n_train=2 * config.num_proposals,
-            rpn_pre_nms_top_n_test=config.num_proposals,
-            rpn_post_nms_top_n_train=config.num_proposals,
-            rpn_post_nms_top_n_test=config.num_proposals,
-            rpn_batch_size_per_image=256,
-            box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
-            box_head=TwoMLPHead(config.fpn_channels * 49, config.box_channels),
-            box_predictor=_BoxPredictor(config.box_channels, config.num_classes + 1),
-            box_batch_size_per_image=config.num_rois_per_image,
-            box_detections_per_img=config.num_detections,
-            mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
-            mask_head=MaskRCNNHeads(config.fpn_channels, (config.mask_channels,) * 4, 1),
-            mask_predictor=MaskRCNNPredictor(
-                config.mask_channels, config.mask_channels, config.num_classes + 1
-            ),
-        )
-
-    def forward(  # type: ignore[override]
-        self,
-        images: list[Tensor],
-        targets: list[dict[str, Tensor]] | None = None,
-        sparsity: SparsityVector | None = None,
-    ) -> Any:
-        """Losses by name in training mode, one dict of detections per image otherwise.
-
-        Args:
-            images: [3, H, W] each, in [0, 1].
-            targets: as torchvision's Mask R-CNN takes them; needed in training.
-            sparsity: for the backbone; dense if None.
-        """
-        original_sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        batch, targets = cast(
-            tuple[ImageList, list[dict[str, Tensor]] | None], self.transform(images, targets)
-        )
-        features = self.backbone(batch.tensors, sparsity)
-        proposals, proposal_losses = self.rpn(batch, features, targets)
-        detections, detector_losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
-        if self.training:
-            return {**detector_losses, **proposal_losses}
-        return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
-
-
-class _BoxPredictor(nn.Module):
-    """Class logits and box offsets; torchvision's own insists on at least two classes' shapes."""
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.cls_score = nn.Linear(channels, num_classes)
-        self.bbox_pred = nn.Linear(channels, num_classes * 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(x), self.bbox_pred(x)
 
 
 class InstanceSegmentation:
     """The task of the COCO experiment: mask AP of a Mask R-CNN."""
 
     metric = "mask_ap"
+    class_layers = r"cls_score|bbox_pred|mask_fcn_logits"
 
     def __init__(self, config: MaskRCNNConfig) -> None:
         self.config = config
@@ -181,6 +54,10 @@ class InstanceSegmentation:
         on_batch: Callable[[int], None] = lambda num_images: None,
     ) -> Mapping[str, float]:
         """Box and mask AP by pycocotools, over the images of `dataset`."""
+        # Imported here, so that a device that only runs the model does without pycocotools.
+        from sparsevit.data.coco import CocoInstances
+        from sparsevit.data.coco_metrics import average_precision, to_results
+
         assert isinstance(dataset, CocoInstances)
         was_training = model.training
         model.eval()
@@ -188,45 +65,10 @@ class InstanceSegmentation:
         for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
             inputs = [image.to(device).as_subclass(Tensor) / 255 for image in images]
             for target, detections in zip(targets, model(inputs, sparsity=sparsity), strict=True):
-                results += _to_coco(detections, target["image_id"], dataset.category_ids)
+                results += to_results(detections, target["image_id"], dataset.category_ids)
             on_batch(len(images))
         model.train(was_training)
         return {
-            "box_ap": coco_average_precision(dataset.coco, results, dataset.image_ids, "bbox"),
-            "mask_ap": coco_average_precision(dataset.coco, results, dataset.image_ids, "segm"),
+            "box_ap": average_precision(dataset.coco, results, dataset.image_ids, "bbox"),
+            "mask_ap": average_precision(dataset.coco, results, dataset.image_ids, "segm"),
         }
-
-
-def coco_average_precision(
-    ground_truth: COCO, results: list[dict[str, Any]], image_ids: list[int], kind: str
-) -> float:
-    """COCO's AP, averaged over IoU 0.50 to 0.95, by the official evaluation; 0 without results."""
-    if not results:
-        return 0.0
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), kind)
-        evaluation.params.imgIds = image_ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
-
-
-def _to_coco(detections: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
-    masks = (detections["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
-    boxes = detections["boxes"].float().cpu()
-    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
-    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
-    columns = zip(
-        boxes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True
-    )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": box,
-            "segmentation": mask,
-            "score": score,
-        }
-        for box, mask, score, label in columns
-    ]

@@ -20,6 +20,14 @@ class Task(Protocol):
     def metric(self) -> str:
         """The key of `evaluate` that the search maximises."""
 
+    @property
+    def class_layers(self) -> str:
+        """Regular expression of the parameters whose shape depends on the number of classes."""
+
+    @property
+    def config(self) -> Any:
+        """The dataclass that the task was built from, for the export."""
+
     def build_model(self, backbone: SparseSwin) -> nn.Module:
         """Build the whole model, randomly initialised, around a backbone."""
 

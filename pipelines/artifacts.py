@@ -1,0 +1,90 @@
+"""Finished stages on disk: found by what they depend on, written so that a kill loses nothing.
+
+A stage's folder is named after the hash of everything its result is a function of. It is finished
+when ``result.json`` is in it; that file is written last, beside and then renamed.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage left: numbers by name, and files in its folder."""
+
+    name: str
+    key: str
+    folder: Path
+    metrics: Mapping[str, float]
+    seconds: float
+    was_reused: bool
+
+
+class ArtifactStore:
+    """The stage folders below one root, shared by all runs that use it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, name: str, key: str) -> Path:
+        return self.root / f"{name}-{key}"
+
+    def find(self, name: str, key: str) -> StageResult | None:
+        """The result of a finished stage."""
+        path = self.folder(name, key) / RESULT_FILE
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text())
+        return StageResult(name, key, path.parent, content["metrics"], content["seconds"], was_reused=True)
+
+    def run(
+        self, name: str, key: str, depends_on: Any, execute: Callable[[Path], Mapping[str, float]]
+    ) -> StageResult:
+        """Return the finished stage, or execute it in its folder; one process at a time."""
+        folder = self.folder(name, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            finished = self.find(name, key)
+            if finished is not None:
+                return finished
+            start = time.monotonic()
+            metrics = dict(execute(folder))
+            seconds = round(time.monotonic() - start, 1)
+            write_json(
+                folder / RESULT_FILE,
+                {"stage": name, "key": key, "metrics": metrics, "seconds": seconds, "depends_on": depends_on},
+            )
+        return StageResult(name, key, folder, metrics, seconds, was_reused=False)
+
+
+def content_key(depends_on: Any) -> str:
+    """Twelve hexadecimal digits that change with any value in `depends_on` (JSON-like)."""
+    canonical = json.dumps(depends_on, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write all or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content)
+    os.replace(partial, path)

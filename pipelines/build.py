@@ -1,0 +1,249 @@
+"""Configuration to objects: the only place that knows both."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from pipelines.schema import ConfigSchema, SamplerSchema, TrainingSchema
+from search.engine import EngineConfig
+from search.objectives import Admission, Constraint, Objective
+from search.sampler import RandomVectorSampler, SparsityNSGAIISampler, VectorSource
+from search.selection import RULES
+from sparsevit.adaptation import sampling_law
+from sparsevit.backbone import BACKBONES, SparseSwin, create_backbone
+from sparsevit.data.coco import CocoInstances, locate_split
+from sparsevit.data.errors import DataError
+from sparsevit.data.shapes import ShapesConfig, write_shapes
+from sparsevit.latency.calibration import CalibrationConfig
+from sparsevit.sparsity import SparsitySpace
+from sparsevit.tasks import Task, create_task
+from sparsevit.training import TrainingConfig
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
+SAMPLERS = ("nsga2", "random")
+CHEAP_QUANTITIES = ("latency_ms", "macs_g")
+
+
+class ConfigurationError(ValueError):
+    """A value of the configuration cannot be used."""
+
+
+def check(config: ConfigSchema) -> None:
+    """Build everything that needs no data, so that a bad value fails before any work.
+
+    Raises:
+        ValueError: naming the value, the bound and the remedy.
+    """
+    space(config)
+    for stage in (config.train, config.adapt, config.finetune):
+        training(stage, num_images=stage.batch_size)
+    sampling_law(config.adapt.law)
+    calibration(config)
+    engine(config)
+    _one_of("sampler.name", config.sampler.name, SAMPLERS)
+    _one_of("finetune.rule", config.finetune.rule, RULES)
+    _one_of("data.verify", config.data.verify, ("decode", "header", "none"))
+    if config.finetune.rule == "latency_budget" and config.finetune.latency_budget_ms is None:
+        raise ConfigurationError("finetune.rule=latency_budget needs finetune.latency_budget_ms")
+    for objective in objectives(config):
+        known = (*CHEAP_QUANTITIES, "mask_ap", "box_ap")
+        _one_of("an objective of the search", objective.name, known)
+    for constraint in constraints(config):
+        _one_of("a constraint of the search", constraint.name, CHEAP_QUANTITIES)
+    if config.search.num_evaluations < 1 or config.sampler.population_size < 2:
+        raise ConfigurationError(
+            f"search.num_evaluations must be at least 1 and sampler.population_size at least 2, got "
+            f"{config.search.num_evaluations} and {config.sampler.population_size}"
+        )
+    initial_weights(config)
+    device(config)
+
+
+def device(config: ConfigSchema) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device={config.device}: {str(error).splitlines()[0]}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device={config.device}, but torch finds no CUDA device here; use device=cpu")
+    return chosen
+
+
+def initial_weights(config: ConfigSchema) -> Path | None:
+    """The file that training starts from; None for scratch."""
+    if config.init == "scratch":
+        return None
+    if config.init != "shipped":
+        path = Path(config.init)
+        if not path.is_file():
+            raise ConfigurationError(
+                f"init={config.init}: there is no such file; use shipped, scratch, or the path of a checkpoint"
+            )
+        return path
+    path = SHIPPED_WEIGHTS / f"{config.experiment}_{config.scale}.safetensors"
+    if not path.is_file():
+        raise ConfigurationError(
+            f"no weights are shipped for experiment {config.experiment} at scale {config.scale}: "
+            "use init=scratch, or init=/path/to/a/checkpoint"
+        )
+    return path
+
+
+def space(config: ConfigSchema) -> SparsitySpace:
+    _one_of("backbone.name", config.backbone.name, tuple(BACKBONES))
+    return SparsitySpace(BACKBONES[config.backbone.name].depths, tuple(config.backbone.choices))
+
+
+def backbone(config: ConfigSchema) -> SparseSwin:
+    return create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate)
+
+
+def task(config: ConfigSchema, num_classes: int) -> Task:
+    fields = plain(config.task)
+    name = fields.pop("name")
+    fields.pop("scale_range")
+    return create_task(name, {"num_classes": num_classes, **fields})
+
+
+def training(stage: TrainingSchema, num_images: int) -> TrainingConfig:
+    """Epochs over `num_images` become steps."""
+    fields = plain(stage)
+    for name in ("law", "rule", "max_accuracy_drop", "latency_budget_ms"):
+        fields.pop(name, None)
+    epochs = fields.pop("epochs")
+    if epochs < 0 or not math.isfinite(epochs):
+        raise ConfigurationError(f"epochs must be finite and at least 0, got {epochs}")
+    num_steps = math.ceil(epochs * num_images / stage.batch_size) if stage.batch_size > 0 else 0
+    fields["milestones"] = tuple(fields["milestones"])
+    return TrainingConfig(num_steps=num_steps, **fields)
+
+
+def calibration(config: ConfigSchema) -> CalibrationConfig:
+    fields = plain(config.latency)
+    if len(fields["image_size"]) != 2:
+        raise ConfigurationError(f"latency.image_size must be [height, width], got {fields['image_size']}")
+    fields["image_size"] = tuple(fields["image_size"])
+    return CalibrationConfig(**fields)
+
+
+def engine(config: ConfigSchema) -> EngineConfig:
+    fields = plain(config.cluster)
+    if fields["num_workers"] < 1 or fields["num_retries"] < 0:
+        raise ConfigurationError(
+            f"cluster.num_workers must be at least 1 and cluster.num_retries at least 0, got "
+            f"{fields['num_workers']} and {fields['num_retries']}"
+        )
+    return EngineConfig(**fields)
+
+
+def objectives(config: ConfigSchema) -> list[Objective]:
+    return [Objective(**plain(objective)) for objective in config.search.objectives]
+
+
+def constraints(config: ConfigSchema) -> list[Constraint]:
+    bounds = [
+        Constraint(
+            constraint.name,
+            upper=math.inf if constraint.upper is None else constraint.upper,
+            lower=-math.inf if constraint.lower is None else constraint.lower,
+        )
+        for constraint in config.search.constraints
+    ]
+    if config.search.latency_budget_ms is not None:
+        bounds.append(Constraint("latency_ms", upper=config.search.latency_budget_ms))
+    return bounds
+
+
+def sampler(
+    config: SamplerSchema, space: SparsitySpace, admission: Admission, seed: int
+) -> tuple[Any, VectorSource]:
+    """An Optuna sampler, and the source of its vectors."""
+    source = VectorSource(space, admission, seed=seed)
+    if config.name == "random":
+        return RandomVectorSampler(source), source
+    nsga2 = SparsityNSGAIISampler(
+        source,
+        population_size=config.population_size,
+        crossover_share=config.crossover_share,
+        mutation_probability=config.mutation_probability,
+    )
+    return nsga2, source
+
+
+def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, CocoInstances, CocoInstances]:
+    """Training, search and report split; the generated data set is written if it is needed.
+
+    Raises:
+        DataError: if the user's data cannot be used.
+    """
+    root = Path(config.data.root)
+    shapes = config.data.shapes
+    if shapes is not None and (not root.exists() or (root / "provenance.json").is_file()):
+        write_shapes(root, shapes_config(config), on_image)
+    train = CocoInstances(root, config.data.train or _find_split(root, "train"))
+    report = CocoInstances(root, config.data.val or _find_split(root, "report", "val"))
+    search_split = config.data.search or _find_split(root, "search", is_optional=True)
+    if config.data.limit is not None:
+        if config.data.limit < 1:
+            raise DataError(f"data.limit must be at least 1, got {config.data.limit}")
+        train, report = (split.subset(split.image_ids[: config.data.limit]) for split in (train, report))
+    if search_split is None:
+        train, search = train.hold_out(config.data.num_search, config.seed)
+    else:
+        search = CocoInstances(root, search_split)
+        if config.data.limit is not None:
+            search = search.subset(search.image_ids[: config.data.limit])
+    for split in (search, report):
+        if split.class_names != train.class_names:
+            raise DataError(
+                f"split {split.split!r} has other categories ({len(split.class_names)}) than "
+                f"{train.split!r} ({len(train.class_names)})"
+            )
+    return train, search, report
+
+
+def shapes_config(config: ConfigSchema) -> ShapesConfig:
+    assert config.data.shapes is not None
+    return ShapesConfig(**plain(config.data.shapes))
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A node of the configuration as dictionaries, lists and numbers."""
+    container = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def flat(node: Any, prefix: str = "") -> Mapping[str, Any]:
+    """Dotted names of all values below a node."""
+    values: dict[str, Any] = {}
+    for key, value in plain(node).items():
+        if isinstance(value, dict):
+            values |= flat(OmegaConf.create(value), f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def _find_split(root: Path, *names: str, is_optional: bool = False) -> Any:
+    """The split of that name, or the only one whose name begins with it."""
+    known = [path.stem.removeprefix("instances_") for path in sorted(root.glob("annotations/instances_*.json"))]
+    for name in names:
+        matching = [split for split in known if split == name] or [s for s in known if s.startswith(name)]
+        if len(matching) == 1:
+            return matching[0]
+    if is_optional:
+        return None
+    locate_split(root, names[0])
+    raise DataError(f"{root} has the splits {known}: say which to use with data.{names[-1]}")
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

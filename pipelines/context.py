@@ -1,0 +1,153 @@
+"""One run: its configuration, its data, its models, and the results of its stages."""
+
+import logging
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pipelines import build
+from pipelines.artifacts import ArtifactStore, StageResult, file_digest
+from pipelines.schema import ConfigSchema
+from pipelines.tracking import NoTracker, Tracker
+from sparsevit.checkpoints import load_model_weights
+from sparsevit.data.coco import CocoInstances
+from sparsevit.data.order import derive_seed
+from sparsevit.latency.calibration import device_name
+from sparsevit.sparsity import SparsitySpace, SparsityVector
+from sparsevit.tasks import Task
+
+WEIGHTS_FILE = "model.safetensors"
+logger = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """A step of the run. Its result is a function of `depends_on` and of the stages it needs."""
+
+    name: str
+    needs: tuple[str, ...]
+
+    def depends_on(self, run: "Run") -> Mapping[str, Any]:
+        """Everything but the needed stages that the result is a function of, as JSON-like values."""
+
+    def execute(self, run: "Run", folder: Path) -> Mapping[str, float]:
+        """Do the work, files in `folder`; go on from what a killed process left there."""
+
+
+@dataclass
+class Run:
+    """What the stages share. `results` holds the finished stages, by name."""
+
+    config: ConfigSchema
+    store: ArtifactStore
+    tracker: Tracker | NoTracker
+    results: dict[str, StageResult] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return build.device(self.config)
+
+    @cached_property
+    def space(self) -> SparsitySpace:
+        return build.space(self.config)
+
+    @cached_property
+    def splits(self) -> tuple[CocoInstances, CocoInstances, CocoInstances]:
+        with self.progress(None, "write the generated data") as advance:
+            splits = build.data_splits(self.config, advance)
+        num_dropped = splits[0].num_dropped + splits[2].num_dropped
+        if num_dropped:
+            logger.info("dropped %d annotations whose box or mask has no area", num_dropped)
+        return splits
+
+    @property
+    def train_set(self) -> CocoInstances:
+        return self.splits[0]
+
+    @property
+    def search_set(self) -> CocoInstances:
+        return self.splits[1]
+
+    @property
+    def report_set(self) -> CocoInstances:
+        return self.splits[2]
+
+    @cached_property
+    def task(self) -> Task:
+        return build.task(self.config, len(self.train_set.class_names))
+
+    def build_model(self, weights: Path | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+        """The whole model on the run's device, and the layers that `weights` did not cover."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            model = self.task.build_model(build.backbone(self.config))
+        uncovered = tuple(model.state_dict())
+        if weights is not None:
+            backbone = self.task.backbone_of(model)
+            uncovered = load_model_weights(model, backbone, weights, class_layers=self.task.class_layers)
+        return model.to(self.device), uncovered
+
+    def model_of(self, stage: str) -> nn.Module:
+        """The model that a finished stage left."""
+        model, _ = self.build_model(self.results[stage].folder / WEIGHTS_FILE)
+        return model
+
+    def evaluate(
+        self, model: nn.Module, dataset: CocoInstances, sparsity: SparsityVector | None, label: str
+    ) -> Mapping[str, float]:
+        with self.progress(len(dataset), label, unit="image") as advance:
+            return self.task.evaluate(
+                model, dataset, sparsity,
+                batch_size=self.config.search.batch_size, device=self.device, on_batch=advance,
+            )  # fmt: skip
+
+    @contextmanager
+    def progress(
+        self, total: int | None, label: str, *, unit: str = "step", initial: int = 0
+    ) -> Iterator[Callable[..., None]]:
+        """A progress bar on standard error; yields the function that advances it."""
+        with tqdm(
+            total=total, desc=f"  {label}", unit=unit, initial=initial, leave=False, delay=1, dynamic_ncols=True
+        ) as bar:
+
+            def advance(amount: int = 1, **shown: Any) -> None:
+                bar.update(amount)
+                if shown:
+                    bar.set_postfix(shown, refresh=False)
+
+            yield advance
+
+    def seed_for(self, stage: str) -> int:
+        """A seed of its own for every stage."""
+        return derive_seed(self.config.seed, *stage.encode())
+
+    def data_fingerprint(self, *splits: CocoInstances) -> list[Any]:
+        """What a result knows of its data: annotations and the images used."""
+        return [
+            {"annotations": self._digest(split.annotation_file), "images": split.image_ids} for split in splits
+        ]
+
+    def machine(self) -> dict[str, Any]:
+        """What a measured time depends on."""
+        return {
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "host": platform.node(),
+        }
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+    @cached_property
+    def _digests(self) -> dict[Path, str]:
+        return {}

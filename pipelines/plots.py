@@ -1,0 +1,93 @@
+"""The report's pictures: interactive HTML by plotly, PNG by matplotlib."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from pipelines.artifacts import write_text
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HTML_FILE = "report.html"
+PNG_FILE = "pareto.png"
+
+
+def write_plots(
+    folder: Path, table: pd.DataFrame, metric: str, hypervolumes: Sequence[float], header: Mapping[str, Any]
+) -> None:
+    """Write the report's HTML page and the picture of the front.
+
+    Args:
+        table: the Pareto table, the dense model first.
+        metric: name of the accuracy.
+        hypervolumes: after every evaluation of the search.
+        header: what was measured, on what.
+    """
+    figure = _interactive(table, metric, hypervolumes)
+    plot = figure.to_html(full_html=False, include_plotlyjs=True)
+    facts = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in header.items()
+    )
+    rows = table.to_html(index=False, float_format="{:.3f}".format, na_rep="")
+    style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left}"
+    write_text(
+        folder / HTML_FILE,
+        f"<!doctype html><meta charset='utf-8'><title>SparseViT report</title><style>{style}</style>"
+        f"<h1>Pareto front</h1><table>{facts}</table>{plot}{rows}",
+    )
+    _static(folder / PNG_FILE, table, metric, header)
+
+
+def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]) -> go.Figure:
+    figure = make_subplots(
+        rows=1, cols=3, subplot_titles=("measured front", "predicted against measured", "hypervolume")
+    )
+    members = table[table["vector"] != "dense"]
+    for name, rows, column in (
+        ("dense", table[table["vector"] == "dense"], f"{metric} before"),
+        ("front", members, f"{metric} before"),
+        ("finetuned", members[members["chosen"] == "*"], f"{metric} after"),
+    ):
+        figure.add_scatter(
+            x=rows["measured ms"], y=rows[column], text=rows["vector"], name=name, mode="markers", row=1, col=1
+        )
+    figure.add_scatter(
+        x=table["predicted ms"], y=table["measured ms"], text=table["vector"], mode="markers",
+        name="latency", row=1, col=2,
+    )  # fmt: skip
+    ends = [table["measured ms"].min(), table["measured ms"].max()]
+    figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", row=1, col=2)
+    evaluations = list(range(1, len(hypervolumes) + 1))
+    figure.add_scatter(x=evaluations, y=list(hypervolumes), mode="lines", name="hypervolume", row=1, col=3)
+    for column, (x, y) in enumerate(
+        (("measured ms", metric), ("predicted ms", "measured ms"), ("evaluations", "hypervolume")), start=1
+    ):
+        figure.update_xaxes(title_text=x, row=1, col=column)
+        figure.update_yaxes(title_text=y, row=1, col=column)
+    return figure.update_layout(height=480)
+
+
+def _static(path: Path, table: pd.DataFrame, metric: str, header: Mapping[str, Any]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    members = table[table["vector"] != "dense"]
+    dense = table[table["vector"] == "dense"]
+    chosen = members[members["chosen"] == "*"]
+    axes.plot(members["measured ms"], members[f"{metric} before"], "o-", label="front, supernet weights")
+    axes.plot(dense["measured ms"], dense[f"{metric} before"], "ks", label="dense")
+    axes.plot(chosen["measured ms"], chosen[f"{metric} after"], "r*", markersize=13, label="chosen, finetuned")
+    axes.set_xlabel(f"measured latency of {header['latency of']} (ms)", fontsize=8)
+    axes.set_ylabel(f"{metric} on {header['accuracy on']}", fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    partial = path.with_name("partial." + path.name)
+    figure.savefig(partial, dpi=130)
+    partial.replace(path)
+    plt.close(figure)

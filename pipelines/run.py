@@ -1,0 +1,246 @@
+"""Compose a configuration and run the whole way: ``python pipelines/run.py +experiment=coco``."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main() below, which words them
+
+import hydra
+import pandas as pd
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from pipelines import build, schema
+from pipelines.artifacts import ArtifactStore, StageResult, content_key, write_text
+from pipelines.context import Run, Stage
+from pipelines.plots import HTML_FILE
+from pipelines.stages.adapt import Adapt
+from pipelines.stages.calibrate import PREDICTOR_FILE, Calibrate
+from pipelines.stages.finetune import Finetune
+from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
+from pipelines.stages.search import Search
+from pipelines.stages.train import Train
+from pipelines.tracking import PARENT, NoTracker, Tracker
+from search.objectives import Admission
+from sparsevit import __version__
+from sparsevit.data.errors import DataError
+
+STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
+EXIT_BAD_INPUT = 2
+logger = logging.getLogger("pipelines")
+
+
+def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
+    """Run every stage up to `config.until` that is not finished on disk.
+
+    Raises:
+        ValueError: for bad input, before any long work.
+    """
+    build.check(config)
+    stages = _until(config.until)
+    start = time.monotonic()
+    logger.info(
+        "%s at scale %s: %s, %s", config.experiment, config.scale, config.backbone.name, build.device(config)
+    )
+    output = Path(config.output) / config.experiment
+    run = Run(config, ArtifactStore(output / "stages"), NoTracker())
+    keys = stage_keys(run, stages)
+    run_folder = output / "runs" / keys[stages[-1].name]
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_text(run_folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    run.tracker = _tracker(config, run_folder)
+    if any(run.store.find(stage.name, keys[stage.name]) is None for stage in stages):
+        verify_images(run)
+    run.tracker.start(PARENT, config.experiment, params=build.flat(config))
+    try:
+        for stage in _in_order(stages, config):
+            run.results[stage.name] = _run_stage(run, stage, keys[stage.name], len(stages))
+        run.tracker.end(PARENT)
+    except BaseException:
+        run.tracker.end(PARENT, is_success=False)
+        raise
+    finally:
+        run.tracker.close()
+    link_results(run_folder, run.results)
+    if "report" in run.results:
+        print_summary(run, time.monotonic() - start)
+    return run.results
+
+
+def stage_keys(run: Run, stages: tuple[Stage, ...]) -> dict[str, str]:
+    """The key of every stage: a hash of what it depends on and of the keys of the stages it needs."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        depends_on = {
+            "stage": stage.name,
+            "version": __version__,
+            "needs": [keys[name] for name in stage.needs],
+            **stage.depends_on(run),
+        }
+        keys[stage.name] = content_key(depends_on)
+    return keys
+
+
+def verify_images(run: Run) -> None:
+    """Look at every image before long work starts."""
+    if run.config.data.verify == "none":
+        return
+    total = sum(len(split) for split in run.splits)
+    with run.progress(total, "check the images", unit="image") as advance:
+        for split in run.splits:
+            split.verify_images(decode=run.config.data.verify == "decode", on_image=advance)
+
+
+def link_results(run_folder: Path, results: dict[str, StageResult]) -> None:
+    """Give the run's folder a link to every stage it used."""
+    for name, result in results.items():
+        link = run_folder / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(result.folder, run_folder))
+
+
+def print_summary(run: Run, seconds: float) -> None:
+    """The table, and where to find and how to use what came out."""
+    report = run.results["report"].folder
+    metric = run.task.metric
+    table = pd.read_csv(report / TABLE_FILE, keep_default_na=True).fillna({"chosen": ""})
+    print("\nPareto front, measured (* chosen and finetuned)")
+    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    values = run.results["report"].metrics
+    print(
+        f"\nchosen: {values['chosen_speedup']:.2f}× faster than dense, {metric} "
+        f"{values[f'chosen_{metric}']:.3f} against {values[f'dense_{metric}']:.3f}"
+    )
+    print(f"report:  {report / HTML_FILE}")
+    if isinstance(run.tracker, Tracker):
+        print(f"mlflow:  mlflow ui --backend-store-uri {_tracking_uri(run.config)}")
+        if run.tracker.num_unsent:
+            print(f"         {run.tracker.num_unsent} records could not be sent; the next run sends them")
+    print("load the subnet:")
+    print("    from sparsevit import load_exported")
+    print(f"    model = load_exported({str(report / EXPORT_FOLDER)!r})")
+    print("    predictions = model([image])  # [3, H, W] in [0, 1]")
+    print(f"finished in {seconds:.0f} s")
+
+
+def _run_stage(run: Run, stage: Stage, key: str, num_stages: int) -> StageResult:
+    number = [each.name for each in STAGES].index(stage.name) + 1
+    label = f"[{number}/{len(STAGES)}] {stage.name}"
+    if run.store.find(stage.name, key) is None:
+        logger.info("%s …", label)
+    is_new = run.tracker.start(stage.name, stage.name, parent=PARENT, params={"key": key})
+    depends_on = stage.depends_on(run)
+    try:
+        result = run.store.run(stage.name, key, depends_on, lambda folder: stage.execute(run, folder))
+    except BaseException:
+        run.tracker.end(stage.name, is_success=False)
+        raise
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    how = "skipped, finished before" if result.was_reused else f"done in {result.seconds:.0f} s"
+    logger.info("%s: %s (%s)", label, how, figures)
+    if is_new or not result.was_reused:
+        run.tracker.log_metrics(stage.name, {**result.metrics, "seconds": result.seconds})
+        for path in sorted(result.folder.iterdir()):
+            if path.suffix in (".json", ".html", ".png", ".csv"):
+                run.tracker.log_artifact(stage.name, path)
+        run.tracker.end(stage.name)
+    run.tracker.flush()
+    if stage.name == "calibrate":
+        _require_feasible_budget(run, result)
+    return result
+
+
+def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
+    """Fail as soon as the device is known, if no vector can meet the budget."""
+    from sparsevit.latency import LatencyPredictor
+
+    predictor = LatencyPredictor.load(calibration.folder / PREDICTOR_FILE)
+    bounds = [bound for bound in build.constraints(run.config) if bound.name == "latency_ms"]
+    Admission({"latency_ms": predictor.predict}, bounds).require_feasible(run.space)
+
+
+def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[Stage]:
+    """Calibration comes first where a latency budget is set: one that nothing meets fails at once."""
+    has_budget = config.search.latency_budget_ms is not None or bool(config.search.constraints)
+    return sorted(stages, key=lambda stage: has_budget and stage.name != "calibrate")
+
+
+def _until(name: str) -> tuple[Stage, ...]:
+    names = [stage.name for stage in STAGES]
+    if name not in names:
+        raise build.ConfigurationError(f"until={name}: choose one of {', '.join(names)}")
+    return STAGES[: names.index(name) + 1]
+
+
+def _tracking_uri(config: schema.ConfigSchema) -> str:
+    if config.tracking.uri is not None:
+        return str(config.tracking.uri)
+    return f"sqlite:///{(Path(config.output) / 'mlflow.db').resolve()}"
+
+
+def _tracker(config: schema.ConfigSchema, run_folder: Path) -> Tracker | NoTracker:
+    if not config.tracking.enabled:
+        return NoTracker()
+    return Tracker(
+        run_folder,
+        uri=_tracking_uri(config),
+        artifact_root=Path(config.output) / "mlartifacts",
+        experiment=config.tracking.experiment,
+    )
+
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def _main(config: schema.ConfigSchema) -> None:
+    run_pipeline(config)
+
+
+def main() -> None:
+    """Run, and turn bad input into a message and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    schema.register()
+    try:
+        _main()
+    except MissingMandatoryValue as error:
+        _exit(f"{error.full_key or error} has no value: set it on the command line")
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(_explain(error))
+    except (ValueError, DataError) as error:
+        _exit(str(error))
+
+
+def _exit(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _explain(error: BaseException) -> str:
+    """Hydra's message and its causes; the valid keys where a key is unknown."""
+    if "'${experiment}_${scale}'" in str(error):
+        return _choose_experiment()
+    lines = [str(error).strip()]
+    cause: BaseException | None = error
+    while (cause := cause.__cause__ or cause.__context__) is not None:
+        text = str(cause).strip()
+        if isinstance(cause, OmegaConfBaseException) and text not in lines[0]:
+            lines.append(text)
+        if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
+            lines.append(f"valid keys here: {', '.join(map(str, cause.parent_node))}")
+            break
+    return "\n".join(lines)
+
+
+def _choose_experiment() -> str:
+    known = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+    return f"choose an experiment: {', '.join(f'+experiment={name}' for name in known)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Every key of the configuration, with its type. Hydra rejects what is not here.
+
+The values live in ``conf/``; a ``???`` there must be set by the user or by an experiment.
+"""
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class TaskSchema:
+    """``name`` chooses the task; the rest are the detector's widths and sampling."""
+
+    name: str = MISSING
+    image_size: int = MISSING
+    fpn_channels: int = MISSING
+    box_channels: int = MISSING
+    mask_channels: int = MISSING
+    smallest_anchor: int = MISSING
+    num_proposals: int = MISSING
+    num_rois_per_image: int = MISSING
+    num_detections: int = MISSING
+    scale_range: list[float] = MISSING
+
+
+@dataclass
+class ShapesSchema:
+    """The generated data set; used where `data.root` holds no data of the user's."""
+
+    image_size: int = MISSING
+    num_images: dict[str, int] = MISSING
+    seed: int = 0
+
+
+@dataclass
+class DataSchema:
+    root: str = MISSING
+    train: str | None = None
+    search: str | None = None
+    val: str | None = None
+    num_search: int = MISSING
+    limit: int | None = None
+    verify: str = "decode"
+    shapes: ShapesSchema | None = None
+
+
+@dataclass
+class BackboneSchema:
+    name: str = MISSING
+    drop_path_rate: float = 0.0
+    choices: list[float] = MISSING
+
+
+@dataclass
+class TrainingSchema:
+    """One training stage; `epochs` may be a fraction."""
+
+    epochs: float = MISSING
+    batch_size: int = MISSING
+    learning_rate: float = MISSING
+    weight_decay: float = 0.05
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    milestones: list[float] = field(default_factory=lambda: [8 / 12, 11 / 12])
+    precision: str = "auto"
+    clip_norm: float = 1.0
+    num_workers: int = 0
+    checkpoint_every_s: float = 20.0
+
+
+@dataclass
+class AdaptSchema(TrainingSchema):
+    law: str = "sorted_genes"
+
+
+@dataclass
+class FinetuneSchema(TrainingSchema):
+    """`rule` chooses the front member: ``latency_budget``, ``accuracy_drop`` or ``knee``."""
+
+    rule: str = MISSING
+    max_accuracy_drop: float = MISSING
+    latency_budget_ms: float | None = None
+
+
+@dataclass
+class LatencySchema:
+    batch_size: int = MISSING
+    image_size: list[int] = MISSING
+    dtype: str = MISSING
+    num_vectors: int = MISSING
+    num_held_out: int = MISSING
+    num_rounds: int = MISSING
+
+
+@dataclass
+class ObjectiveSchema:
+    name: str = MISSING
+    direction: str = MISSING
+
+
+@dataclass
+class ConstraintSchema:
+    name: str = MISSING
+    upper: float | None = None
+    lower: float | None = None
+
+
+@dataclass
+class SearchSchema:
+    num_evaluations: int = MISSING
+    seed: int = MISSING
+    objectives: list[ObjectiveSchema] = MISSING
+    constraints: list[ConstraintSchema] = field(default_factory=list)
+    latency_budget_ms: float | None = None
+    num_images: int | None = None
+    batch_size: int = 4
+
+
+@dataclass
+class SamplerSchema:
+    name: str = MISSING
+    population_size: int = MISSING
+    crossover_share: float = MISSING
+    mutation_probability: float = MISSING
+
+
+@dataclass
+class ReportSchema:
+    num_rounds: int = MISSING
+    max_members: int = MISSING
+
+
+@dataclass
+class ClusterSchema:
+    address: str | None = None
+    num_workers: int = MISSING
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    num_retries: int = 1
+    object_store_mib: int = 256
+
+
+@dataclass
+class TrackingSchema:
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = MISSING
+
+
+@dataclass
+class ConfigSchema:
+    experiment: str = MISSING
+    scale: str = MISSING
+    seed: int = MISSING
+    output: str = MISSING
+    device: str = MISSING
+    init: str = MISSING
+    until: str = MISSING
+    task: TaskSchema = MISSING
+    data: DataSchema = MISSING
+    backbone: BackboneSchema = MISSING
+    train: TrainingSchema = MISSING
+    adapt: AdaptSchema = MISSING
+    latency: LatencySchema = MISSING
+    search: SearchSchema = MISSING
+    sampler: SamplerSchema = MISSING
+    cluster: ClusterSchema = MISSING
+    finetune: FinetuneSchema = MISSING
+    report: ReportSchema = MISSING
+    tracking: TrackingSchema = MISSING
+
+
+def register() -> None:
+    """Make the schema known to Hydra, for ``defaults: [schema]`` in ``conf/config.yaml``."""
+    ConfigStore.instance().store(name="schema", node=ConfigSchema)

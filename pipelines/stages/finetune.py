@@ -1,0 +1,65 @@
+"""Stage 5: finetune the vector that a stated rule chooses."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pipelines.artifacts import write_json
+from pipelines.context import Run
+from pipelines.stages.search import FRONT_FILE
+from pipelines.stages.training import train_stage, training_key
+from search.pareto import FrontMember
+from search.selection import Rule, choose
+from sparsevit.sparsity import SparsityVector
+
+CHOICE_FILE = "chosen.json"
+
+
+class Finetune:
+    """From the adapted weights, at the chosen vector."""
+
+    name = "finetune"
+    needs = ("search", "adapt")
+
+    def depends_on(self, run: Run) -> Mapping[str, Any]:
+        return training_key(run.config.finetune, run)
+
+    def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
+        config = run.config.finetune
+        metric = run.task.metric
+        chosen = choose(
+            front_members(run),
+            cast(Rule, config.rule),
+            accuracy=metric,
+            latency="latency_ms",
+            dense_accuracy=run.results["adapt"].metrics[f"search_{metric}"],
+            max_accuracy_drop=config.max_accuracy_drop,
+            latency_budget_ms=config.latency_budget_ms,
+        )
+        write_json(
+            folder / CHOICE_FILE,
+            {"rule": config.rule, "vector": list(chosen.vector.ratios), **chosen.values},
+        )
+        model = run.model_of("adapt")
+        num_steps = train_stage(run, self.name, model, config, folder, lambda generator: chosen.vector)
+        after = run.evaluate(model, run.search_set, chosen.vector, "finetune: accuracy")
+        return {
+            "num_steps": num_steps,
+            "predicted_ms": chosen.values["latency_ms"],
+            f"search_{metric}_before": chosen.values[metric],
+            f"search_{metric}": after[metric],
+        }
+
+
+def front_members(run: Run) -> list[FrontMember]:
+    """The front that the search left, fastest first."""
+    content = json.loads((run.results["search"].folder / FRONT_FILE).read_text())
+    return [
+        FrontMember(SparsityVector(tuple(entry.pop("vector"))), entry) for entry in content["members"]
+    ]
+
+
+def chosen_vector(run: Run) -> SparsityVector:
+    content = json.loads((run.results["finetune"].folder / CHOICE_FILE).read_text())
+    return SparsityVector(tuple(content["vector"]))

@@ -1,0 +1,175 @@
+"""Stage 6: measure the front, write the report, export the chosen subnet."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from pipelines import build
+from pipelines.artifacts import write_json, write_text
+from pipelines.context import Run
+from pipelines.plots import write_plots
+from pipelines.stages.finetune import chosen_vector, front_members
+from pipelines.stages.search import STUDY_FILE, cheap_quantities, front_of, hypervolume_reference
+from search.objectives import Objective
+from search.pareto import FrontMember, ParetoFront
+from search.study import counted_trials, read_study
+from sparsevit.data.order import seeded
+from sparsevit.export import export_model
+from sparsevit.latency.calibration import measure_ms
+from sparsevit.sparsity import SparsityVector
+
+EXPORT_FOLDER = "export"
+TABLE_FILE = "pareto.csv"
+SCORES_FILE = "scores.json"
+
+
+class Report:
+    """No number in the table is unmeasured: latency on the device, accuracy on the report split."""
+
+    name = "report"
+    needs = ("train", "adapt", "calibrate", "search", "finetune")
+
+    def depends_on(self, run: Run) -> Mapping[str, Any]:
+        return {
+            "report": build.plain(run.config.report),
+            "data": run.data_fingerprint(run.report_set),
+            "machine": run.machine(),
+        }
+
+    def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
+        metric = run.task.metric
+        chosen = chosen_vector(run)
+        members = _thin(front_members(run), chosen, run.config.report.max_members)
+        scores = _score(run, folder, [member.vector for member in members])
+        finetuned = run.model_of("finetune")
+        after = run.evaluate(finetuned, run.report_set, chosen, "report: the finetuned subnet")[metric]
+        dense = run.results["train"].metrics[metric]
+        measured = _measure(run, [run.space.dense, *(member.vector for member in members)])
+        rows = [
+            {
+                "vector": str(member.vector),
+                "predicted ms": member.values["latency_ms"],
+                "measured ms": latency,
+                "speed-up": measured[0] / latency,
+                f"{metric} before": scores[str(member.vector)],
+                f"{metric} after": after if member.vector == chosen else float("nan"),
+                "chosen": "*" if member.vector == chosen else "",
+            }
+            for member, latency in zip(members, measured[1:], strict=True)
+        ]
+        dense_row = {
+            "vector": "dense",
+            "predicted ms": run.results["calibrate"].metrics["dense_ms"],
+            "measured ms": measured[0],
+            "speed-up": 1.0,
+            f"{metric} before": dense,
+            f"{metric} after": dense,
+            "chosen": "",
+        }
+        table = pd.DataFrame([dense_row, *sorted(rows, key=lambda row: -row["measured ms"])])
+        table.to_csv(folder / TABLE_FILE, index=False)
+        front = measured_front(members, measured[1:], scores, metric)
+        write_text(folder / "front.json", front.to_json())
+        history = hypervolume_history(run)
+        write_plots(folder, table, metric, history, _header(run))
+        row = next(row for row in rows if row["chosen"])
+        export_model(
+            folder / EXPORT_FOLDER, finetuned, chosen,
+            backbone=run.config.backbone.name, task=run.config.task.name, task_config=run.task.config,
+            details={
+                "classes": run.train_set.class_names,
+                "measured": {key: value for key, value in row.items() if key != "chosen"},
+                "dense": {"measured ms": measured[0], metric: dense},
+                "machine": run.machine(),
+            },
+        )  # fmt: skip
+        return {
+            "num_members": len(members),
+            "num_measured_front_members": len(front.members),
+            "chosen_speedup": row["speed-up"],
+            f"chosen_{metric}": after,
+            f"dense_{metric}": dense,
+            f"chosen_{metric}_drop": dense - after,
+        }
+
+
+def measured_front(
+    members: Sequence[FrontMember], measured_ms: Sequence[float], scores: Mapping[str, float], metric: str
+) -> ParetoFront:
+    """The non-dominated members by measured latency and report accuracy."""
+    measured = [
+        replace(
+            member,
+            values={
+                metric: scores[str(member.vector)],
+                "latency_ms": latency,
+                "predicted_ms": member.values["latency_ms"],
+            },
+        )
+        for member, latency in zip(members, measured_ms, strict=True)
+    ]
+    return ParetoFront.of(measured, [Objective(metric, "maximize"), Objective("latency_ms", "minimize")])
+
+
+def hypervolume_history(run: Run) -> list[float]:
+    """Hypervolume of the search front after every evaluation."""
+    study = read_study(run.results["search"].folder / STUDY_FILE)
+    objectives = build.objectives(run.config)
+    reference = hypervolume_reference(objectives, cheap_quantities(run), run.space)
+    trials = counted_trials(study)
+    return [
+        front_of(trials[:count], objectives, run.space).hypervolume(reference)
+        for count in range(1, len(trials) + 1)
+    ]
+
+
+def _score(run: Run, folder: Path, vectors: Sequence[SparsityVector]) -> dict[str, float]:
+    """Accuracy of the adapted supernet on the report split, in random order; each kept as it comes."""
+    path = folder / SCORES_FILE
+    scores: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    model = run.model_of("adapt")
+    order = torch.randperm(len(vectors), generator=seeded(run.config.seed, 5)).tolist()
+    for count, index in enumerate(order, start=1):
+        vector = vectors[index]
+        if str(vector) in scores:
+            continue
+        label = f"report: member {count} of {len(vectors)}"
+        scores[str(vector)] = run.evaluate(model, run.report_set, vector, label)[run.task.metric]
+        write_json(path, scores)
+    return scores
+
+
+def _measure(run: Run, vectors: Sequence[SparsityVector]) -> list[float]:
+    num_rounds = run.config.report.num_rounds
+    config = replace(build.calibration(run.config), num_rounds=num_rounds)
+    backbone = run.task.backbone_of(run.model_of("adapt"))
+    with run.progress(num_rounds * len(vectors), "report: forward passes", unit="pass") as advance:
+        latencies, _ = measure_ms(backbone, vectors, config, advance)
+    return latencies
+
+
+def _thin(members: Sequence[FrontMember], chosen: SparsityVector, limit: int) -> list[FrontMember]:
+    """At most `limit` members, spread over the front, the chosen one among them."""
+    if len(members) <= limit:
+        return list(members)
+    picked = {round(index * (len(members) - 1) / max(1, limit - 2)) for index in range(limit - 1)}
+    return [member for index, member in enumerate(members) if index in picked or member.vector == chosen]
+
+
+def _header(run: Run) -> dict[str, Any]:
+    return {
+        "experiment": run.config.experiment,
+        "scale": run.config.scale,
+        "backbone": run.config.backbone.name,
+        "latency of": f"the backbone, batch {run.config.latency.batch_size}, "
+        f"{'×'.join(map(str, run.config.latency.image_size))}, {run.config.latency.dtype}",
+        "device": run.machine()["device"],
+        "threads": run.machine()["threads"],
+        "torch": torch.__version__,
+        "accuracy on": f"{len(run.report_set)} images of {run.report_set.split!r}",
+    }

@@ -1,0 +1,48 @@
+"""Stage 1: the dense model, imported or trained."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines import build
+from pipelines.artifacts import file_digest
+from pipelines.context import WEIGHTS_FILE, Run
+from pipelines.stages.training import train_stage, training_key
+from sparsevit.checkpoints import write_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Train:
+    """Weights that cover the whole model are imported; otherwise the dense model is trained."""
+
+    name = "train"
+    needs: tuple[str, ...] = ()
+
+    def depends_on(self, run: Run) -> Mapping[str, Any]:
+        initial = build.initial_weights(run.config)
+        return {
+            **training_key(run.config.train, run),
+            "init": "scratch" if initial is None else file_digest(initial),
+            "task": build.plain(run.config.task),
+            "backbone": build.plain(run.config.backbone),
+            "report_data": run.data_fingerprint(run.report_set),
+        }
+
+    def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
+        model, uncovered = run.build_model(build.initial_weights(run.config))
+        num_steps = 0
+        if uncovered:
+            if len(uncovered) < len(model.state_dict()):
+                logger.info("  the weights leave %d tensors untrained, so the model is trained", len(uncovered))
+            num_steps = train_stage(run, self.name, model, run.config.train, folder, lambda generator: None)
+        else:
+            write_weights(folder / WEIGHTS_FILE, model.state_dict())
+        dense = run.evaluate(model, run.report_set, None, "train: dense accuracy")
+        sparsest = run.evaluate(model, run.report_set, run.space.sparsest, "train: accuracy at the sparsest")
+        return {
+            "num_steps": num_steps,
+            **dense,
+            **{f"sparsest_{name}": value for name, value in sparsest.items()},
+        }

@@ -1,0 +1,64 @@
+"""What the three training stages share: the trainer under a progress bar, losses to MLflow."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines import build
+from pipelines.context import WEIGHTS_FILE, Run
+from pipelines.schema import TrainingSchema
+from sparsevit.checkpoints import write_weights
+from sparsevit.data.augmentation import instance_augmentation
+from sparsevit.sparsity import SparsityVector
+from sparsevit.training import train
+
+METRICS_EVERY_STEPS = 10
+_NO_EFFECT_ON_RESULT = ("num_workers", "checkpoint_every_s")
+
+
+def training_key(stage: TrainingSchema, run: Run) -> dict[str, Any]:
+    """What the weights of a training stage are a function of, parents apart."""
+    fields = build.plain(stage)
+    return {
+        "training": {name: value for name, value in fields.items() if name not in _NO_EFFECT_ON_RESULT},
+        "data": run.data_fingerprint(run.train_set),
+        "scale_range": list(run.config.task.scale_range),
+        "seed": run.config.seed,
+    }
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    model: nn.Module,
+    stage: TrainingSchema,
+    folder: Path,
+    draw_vector: Callable[[torch.Generator], SparsityVector | None],
+) -> int:
+    """Train `model`, write its weights into `folder` and return the number of steps."""
+    dataset = run.train_set
+    low, high = run.config.task.scale_range
+    dataset.transform = instance_augmentation(run.config.task.image_size, (low, high))
+    config = build.training(stage, len(dataset))
+    checkpoint = folder / "checkpoint.pt"
+    with run.progress(config.num_steps, f"{name}: training") as advance:
+        shown = 0
+
+        def on_step(step: int, values: Mapping[str, float]) -> None:
+            nonlocal shown
+            advance(step - shown, loss=f"{values['loss']:.3f}")
+            shown = step
+            if step % METRICS_EVERY_STEPS == 0:
+                run.tracker.log_metrics(name, values, step)
+
+        train(
+            run.task, model, dataset, config,
+            draw_vector=draw_vector, seed=run.seed_for(name), checkpoint=checkpoint, on_step=on_step,
+        )  # fmt: skip
+    dataset.transform = None
+    write_weights(folder / WEIGHTS_FILE, model.state_dict())
+    checkpoint.unlink(missing_ok=True)
+    return config.num_steps

@@ -1,0 +1,183 @@
+"""MLflow, through an outbox: what is to be logged is on disk first, then sent by one writer.
+
+A run survives a tracking server that is down: events wait in the outbox and are sent at the end,
+or when the same run is started again. Every event is sent in order and marked as sent.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import write_json
+
+logger = logging.getLogger(__name__)
+
+PARENT = "run"
+KEY_TAG = "sparsevit.key"
+
+
+class Tracker:
+    """Logs one run: a parent, a child per stage, nested runs for trials.
+
+    Args:
+        folder: of the run; holds the outbox.
+        uri: MLflow's tracking URI.
+        artifact_root: where a local store keeps its artifacts; a server chooses its own.
+        experiment: MLflow's experiment.
+    """
+
+    def __init__(self, folder: Path, *, uri: str, artifact_root: Path, experiment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._uri = uri
+        self._artifact_root = artifact_root
+        self._experiment = experiment
+        self._folder = folder
+        self._outbox = folder / "tracking.jsonl"
+        self._sent_file = folder / "tracking.sent.json"
+        self._events = _read_events(self._outbox)
+        self._started = {event["key"] for event in self._events if event["op"] == "start"}
+        sent = json.loads(self._sent_file.read_text()) if self._sent_file.is_file() else {}
+        self._num_sent: int = sent.get("num_sent", 0)
+        self._run_ids: dict[str, str] = sent.get("run_ids", {})
+        self._client: Any = None
+        self._is_offline = False
+
+    @property
+    def num_unsent(self) -> int:
+        return len(self._events) - self._num_sent
+
+    def start(
+        self, key: str, name: str, *, parent: str | None = None, params: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Open a run under a key of ours; False if an earlier process already did."""
+        if key in self._started:
+            return False
+        self._started.add(key)
+        self._append("start", key, name=name, parent=parent, params=dict(params or {}))
+        return True
+
+    def log_metrics(self, key: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        self._append("metrics", key, metrics=dict(metrics), step=step)
+
+    def log_artifact(self, key: str, path: Path) -> None:
+        self._append("artifact", key, path=str(path.resolve()))
+
+    def end(self, key: str, *, is_success: bool = True) -> None:
+        self._append("end", key, status="FINISHED" if is_success else "FAILED")
+
+    def flush(self) -> None:
+        """Send what waits. After a failure nothing more is tried until `close`."""
+        if self.num_unsent == 0 or self._is_offline:
+            return
+        try:
+            while self._num_sent < len(self._events):
+                self._send(self._events[self._num_sent])
+                self._num_sent += 1
+        except Exception as error:  # noqa: BLE001  (MLflow raises whatever its transport raises)
+            self._is_offline = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            logger.warning(
+                "warning: MLflow at %s cannot be reached (%s); %d records wait in %s and are sent at the "
+                "end or on the next run",
+                self._uri, reason, self.num_unsent, self._outbox,
+            )  # fmt: skip
+        finally:
+            write_json(self._sent_file, {"num_sent": self._num_sent, "run_ids": self._run_ids})
+
+    def close(self) -> None:
+        """Try once more to send everything."""
+        self._is_offline = False
+        self.flush()
+
+    def _append(self, op: str, key: str, **fields: Any) -> None:
+        event = {"op": op, "key": key, "time_ms": int(1000 * time.time()), **fields}
+        with self._outbox.open("a") as outbox:
+            outbox.write(json.dumps(event) + "\n")
+        self._events.append(event)
+
+    def _connect(self) -> Any:
+        """The client and the experiment; imported here because MLflow takes seconds to import."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=self._uri)
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            is_local = not self._uri.startswith(("http://", "https://"))
+            location = self._artifact_root.resolve().as_uri() if is_local else None
+            self._experiment_id = client.create_experiment(self._experiment, artifact_location=location)
+        else:
+            self._experiment_id = experiment.experiment_id
+        return client
+
+    def _send(self, event: Mapping[str, Any]) -> None:
+        if self._client is None:
+            self._client = self._connect()
+        from mlflow.entities import Metric, Param
+
+        key = event["key"]
+        if event["op"] == "start":
+            tags = {KEY_TAG: f"{self._folder.name}/{key}"}
+            if event["parent"] is not None:
+                tags["mlflow.parentRunId"] = self._run_ids[event["parent"]]
+            run = self._client.create_run(
+                self._experiment_id, start_time=event["time_ms"], tags=tags, run_name=event["name"]
+            )
+            self._run_ids[key] = run.info.run_id
+            params = [Param(name, str(value)[:6000]) for name, value in event["params"].items()]
+            for first in range(0, len(params), 100):
+                self._client.log_batch(run.info.run_id, params=params[first : first + 100])
+        elif event["op"] == "metrics":
+            metrics = [
+                Metric(name, value, event["time_ms"], event["step"]) for name, value in event["metrics"].items()
+            ]
+            self._client.log_batch(self._run_ids[key], metrics=metrics)
+        elif event["op"] == "artifact":
+            if Path(event["path"]).exists():
+                self._client.log_artifact(self._run_ids[key], event["path"])
+        else:
+            self._client.set_terminated(self._run_ids[key], event["status"], event["time_ms"])
+
+
+class NoTracker:
+    """Takes everything and logs nothing."""
+
+    num_unsent = 0
+
+    def start(
+        self, key: str, name: str, *, parent: str | None = None, params: Mapping[str, Any] | None = None
+    ) -> bool:
+        return False
+
+    def log_metrics(self, key: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        return None
+
+    def log_artifact(self, key: str, path: Path) -> None:
+        return None
+
+    def end(self, key: str, *, is_success: bool = True) -> None:
+        return None
+
+    def flush(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def _read_events(outbox: Path) -> list[dict[str, Any]]:
+    """All whole lines; what a kill cut off is cut off the file too."""
+    if not outbox.is_file():
+        return []
+    content = outbox.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        outbox.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,48 @@
+"""Average precision by the official COCO evaluation."""
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+
+def average_precision(
+    ground_truth: COCO, results: list[dict[str, Any]], image_ids: list[int], kind: str
+) -> float:
+    """COCO's AP, averaged over IoU 0.50 to 0.95, by the official evaluation; 0 without results."""
+    if not results:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), kind)
+        evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
+    """Detections of one image, as torchvision's Mask R-CNN gives them, in COCO's result format."""
+    masks = (detections["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
+    boxes = detections["boxes"].float().cpu()
+    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
+    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
+    columns = zip(
+        boxes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True
+    )
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label - 1],
+            "bbox": box,
+            "segmentation": mask,
+            "score": score,
+        }
+        for box, mask, score, label in columns
+    ]

@@ -1,0 +1,201 @@
+"""The additive latency predictor: a base and one saving per gene and ratio, never decreasing.
+
+Legend: V vectors of a fit; F features, one per gene and non-zero choice.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsevit.sparsity import SparsitySpace, SparsityVector
+
+SCHEMA_VERSION = 1
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LatencySetting:
+    """What was measured, and on what. A prediction holds for the same setting only."""
+
+    device: str
+    num_threads: int
+    torch_version: str
+    dtype: str
+    batch_size: int
+    image_size: tuple[int, int]
+    backbone: str
+
+
+@dataclass(frozen=True)
+class LatencyPredictor:
+    """Milliseconds of a backbone's forward pass at any vector of a space.
+
+    Attributes:
+        base_ms: the dense forward pass.
+        terms_ms: what a gene at a choice adds to the base (≤ 0): one row per gene, one entry per
+            choice of the space.
+        setting: what was measured.
+        scores: how well it predicts vectors that were held out of the fit.
+        date: when it was calibrated, ISO 8601.
+    """
+
+    space: SparsitySpace
+    base_ms: float
+    terms_ms: tuple[tuple[float, ...], ...]
+    setting: LatencySetting
+    scores: Mapping[str, float] = field(default_factory=dict)
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        values = np.array([self.base_ms, *(term for row in self.terms_ms for term in row)])
+        if not np.isfinite(values).all() or self.base_ms <= 0:
+            raise ValueError(f"latencies must be finite and the base positive, got base {self.base_ms} ms")
+        shape = (self.space.num_genes, len(self.space.choices))
+        if len(self.terms_ms) != shape[0] or any(len(row) != shape[1] for row in self.terms_ms):
+            raise ValueError(f"the table must have {shape[0]} rows of {shape[1]} terms, one per gene and choice")
+
+    def predict(self, sparsity: SparsityVector) -> float:
+        """Milliseconds of one forward pass.
+
+        Raises:
+            ValueError: if the vector is not in the calibrated space.
+        """
+        self.space.validate(sparsity)
+        index = {choice: position for position, choice in enumerate(self.space.choices)}
+        return self.base_ms + sum(row[index[r]] for row, r in zip(self.terms_ms, sparsity, strict=True))
+
+    @classmethod
+    def fit(
+        cls,
+        space: SparsitySpace,
+        vectors: Sequence[SparsityVector],
+        latencies_ms: Sequence[float],
+        setting: LatencySetting,
+    ) -> "LatencyPredictor":
+        """Least squares with savings that never shrink as a ratio grows (relative errors weigh equally)."""
+        features_VF = np.array([_steps(space, vector) for vector in vectors])
+        target_V = np.array(latencies_ms)
+        weights_V = 1 / target_V
+        design = np.column_stack((np.ones(len(vectors)), -features_VF)) * weights_V[:, None]
+        solution = _nonnegative_least_squares(design, target_V * weights_V)
+        savings = solution[1:].reshape(space.num_genes, len(space.choices) - 1).cumsum(axis=1)
+        terms = tuple((0.0, *(-saving for saving in row)) for row in savings.tolist())
+        return cls(space, float(solution[0]), terms, setting)
+
+    def save(self, path: Path) -> None:
+        """Write JSON, all or nothing."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "date": self.date,
+            "setting": asdict(self.setting),
+            "scores": dict(self.scores),
+            "depths": list(self.space.depths),
+            "choices": list(self.space.choices),
+            "base_ms": self.base_ms,
+            "terms_ms": {
+                name: list(row) for name, row in zip(self.space.gene_names, self.terms_ms, strict=True)
+            },
+        }
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, indent=2))
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "LatencyPredictor":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is broken, of another schema version or not finite.
+        """
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(
+                    f"schema version {content['schema_version']}, this release reads {SCHEMA_VERSION}"
+                )
+            setting = content["setting"] | {"image_size": tuple(content["setting"]["image_size"])}
+            space = SparsitySpace(tuple(content["depths"]), tuple(content["choices"]))
+            return cls(
+                space,
+                content["base_ms"],
+                tuple(tuple(content["terms_ms"][name]) for name in space.gene_names),
+                LatencySetting(**setting),
+                content["scores"],
+                content["date"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a usable latency table: {error}; calibrate again") from error
+
+
+def score_predictions(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
+    """RMSPE, shares within ±5 % and ±10 %, and Spearman's rank correlation.
+
+    Raises:
+        ValueError: for fewer than two values, or values that are not positive and finite.
+    """
+    p, m = np.array(predicted, dtype=float), np.array(measured, dtype=float)
+    if len(p) != len(m) or len(p) < 2:
+        raise ValueError(f"need two or more pairs of predictions and measurements, got {len(p)} and {len(m)}")
+    if not (np.isfinite(p).all() and np.isfinite(m).all() and (m > 0).all()):
+        raise ValueError("predictions and measurements must be finite, and measurements positive")
+    errors = p / m - 1
+    return {
+        "rmspe": float(np.sqrt(np.mean(errors**2))),
+        "within_5_percent": float(np.mean(np.abs(errors) <= 0.05)),
+        "within_10_percent": float(np.mean(np.abs(errors) <= 0.10)),
+        "spearman": _spearman(p, m),
+    }
+
+
+def fit_line(macs: Sequence[float], latencies_ms: Sequence[float]) -> tuple[float, float]:
+    """Intercept and slope of latency over MACs: the baseline that a predictor must beat."""
+    slope, intercept = np.polyfit(np.array(macs, dtype=float), np.array(latencies_ms), 1)
+    return float(intercept), float(slope)
+
+
+def _steps(space: SparsitySpace, vector: SparsityVector) -> list[float]:
+    """Thermometer code: for every gene and choice above the first, whether the gene reaches it."""
+    return [float(ratio >= choice) for ratio in vector for choice in space.choices[1:]]
+
+
+def _spearman(first: Array, second: Array) -> float:
+    ranks = [_average_ranks(values) for values in (first, second)]
+    if any(np.ptp(values) == 0 for values in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _average_ranks(values: Array) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    averages: Array = last - (counts - 1) / 2
+    return averages[inverse]
+
+
+def _nonnegative_least_squares(design: Array, target: Array, num_sweeps: int = 5000) -> Array:
+    """Minimise |design · x − target|² over x ≥ 0 by coordinate descent.
+
+    scipy has this, but a device that is calibrated may have only torch and numpy.
+    """
+    gram, moment = design.T @ design, design.T @ target
+    x = np.zeros(design.shape[1])
+    gradient = -moment
+    for _ in range(num_sweeps):
+        largest = 0.0
+        for j in np.flatnonzero(gram.diagonal() > 0):
+            updated = max(0.0, x[j] - gradient[j] / gram[j, j])
+            change = updated - x[j]
+            if change:
+                gradient = gradient + change * gram[:, j]
+                x[j] = updated
+                largest = max(largest, abs(change))
+        if largest < 1e-10:
+            break
+    return x
