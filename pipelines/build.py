@@ -71,7 +71,9 @@ def device(config: ConfigSchema) -> torch.device:
     except RuntimeError as error:
         raise ConfigurationError(f"device={config.device}: {str(error).splitlines()[0]}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device={config.device}, but torch finds no CUDA device here; use device=cpu")
+        raise ConfigurationError(
+            f"device={config.device}, but torch finds no CUDA device here; use device=cpu"
+        )
     return chosen
 
 
@@ -233,7 +235,9 @@ def flat(node: Any, prefix: str = "") -> Mapping[str, Any]:
 
 def _find_split(root: Path, *names: str, is_optional: bool = False) -> Any:
     """The split of that name, or the only one whose name begins with it."""
-    known = [path.stem.removeprefix("instances_") for path in sorted(root.glob("annotations/instances_*.json"))]
+    known = [
+        path.stem.removeprefix("instances_") for path in sorted(root.glob("annotations/instances_*.json"))
+    ]
     for name in names:
         matching = [split for split in known if split == name] or [s for s in known if s.startswith(name)]
         if len(matching) == 1:

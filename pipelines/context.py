@@ -19,7 +19,6 @@ from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import load_model_weights
 from sparsevit.data.coco import CocoInstances
-from sparsevit.data.order import derive_seed
 from sparsevit.latency.calibration import device_name
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task
@@ -114,7 +113,13 @@ class Run:
     ) -> Iterator[Callable[..., None]]:
         """A progress bar on standard error; yields the function that advances it."""
         with tqdm(
-            total=total, desc=f"  {label}", unit=unit, initial=initial, leave=False, delay=1, dynamic_ncols=True
+            total=total,
+            desc=f"  {label}",
+            unit=unit,
+            initial=initial,
+            leave=False,
+            delay=1,
+            dynamic_ncols=True,
         ) as bar:
 
             def advance(amount: int = 1, **shown: Any) -> None:
@@ -125,13 +130,14 @@ class Run:
             yield advance
 
     def seed_for(self, stage: str) -> int:
-        """A seed of its own for every stage."""
-        return derive_seed(self.config.seed, *stage.encode())
+        """A seed of its own for every training stage."""
+        return self.config.seed + ("train", "adapt", "finetune").index(stage)
 
     def data_fingerprint(self, *splits: CocoInstances) -> list[Any]:
         """What a result knows of its data: annotations and the images used."""
         return [
-            {"annotations": self._digest(split.annotation_file), "images": split.image_ids} for split in splits
+            {"annotations": self._digest(split.annotation_file), "images": split.image_ids}
+            for split in splits
         ]
 
     def machine(self) -> dict[str, Any]:

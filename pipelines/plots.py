@@ -33,7 +33,8 @@ def write_plots(
     figure = _interactive(table, metric, hypervolumes)
     plot = figure.to_html(full_html=False, include_plotlyjs=True)
     facts = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in header.items()
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
+        for key, value in header.items()
     )
     rows = table.to_html(index=False, float_format="{:.3f}".format, na_rep="")
     style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left}"
@@ -56,7 +57,13 @@ def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]
         ("finetuned", members[members["chosen"] == "*"], f"{metric} after"),
     ):
         figure.add_scatter(
-            x=rows["measured ms"], y=rows[column], text=rows["vector"], name=name, mode="markers", row=1, col=1
+            x=rows["measured ms"],
+            y=rows[column],
+            text=rows["vector"],
+            name=name,
+            mode="markers",
+            row=1,
+            col=1,
         )
     figure.add_scatter(
         x=table["predicted ms"], y=table["measured ms"], text=table["vector"], mode="markers",
@@ -81,7 +88,9 @@ def _static(path: Path, table: pd.DataFrame, metric: str, header: Mapping[str, A
     chosen = members[members["chosen"] == "*"]
     axes.plot(members["measured ms"], members[f"{metric} before"], "o-", label="front, supernet weights")
     axes.plot(dense["measured ms"], dense[f"{metric} before"], "ks", label="dense")
-    axes.plot(chosen["measured ms"], chosen[f"{metric} after"], "r*", markersize=13, label="chosen, finetuned")
+    axes.plot(
+        chosen["measured ms"], chosen[f"{metric} after"], "r*", markersize=13, label="chosen, finetuned"
+    )
     axes.set_xlabel(f"measured latency of {header['latency of']} (ms)", fontsize=8)
     axes.set_ylabel(f"{metric} on {header['accuracy on']}", fontsize=8)
     axes.grid(alpha=0.3)

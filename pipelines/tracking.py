@@ -136,7 +136,8 @@ class Tracker:
                 self._client.log_batch(run.info.run_id, params=params[first : first + 100])
         elif event["op"] == "metrics":
             metrics = [
-                Metric(name, value, event["time_ms"], event["step"]) for name, value in event["metrics"].items()
+                Metric(name, value, event["time_ms"], event["step"])
+                for name, value in event["metrics"].items()
             ]
             self._client.log_batch(self._run_ids[key], metrics=metrics)
         elif event["op"] == "artifact":

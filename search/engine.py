@@ -190,7 +190,9 @@ class StudySearcher(Searcher):
         self._running[trial_id] = trial
         return {"ratios": list(decode(trial.params, self._space).ratios)}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         if error or result is None:
             return  # the worker is lost; _TellLostWorkers has the reason
         outcome = unflatten_dict(result)["outcome"]

@@ -60,7 +60,9 @@ class Admission:
         return {name: quantity(vector) for name, quantity in self.quantities.items()}
 
     def admits(self, vector: SparsityVector) -> bool:
-        return all(constraint.allows(self.quantities[constraint.name](vector)) for constraint in self.constraints)
+        return all(
+            constraint.allows(self.quantities[constraint.name](vector)) for constraint in self.constraints
+        )
 
     def require_feasible(self, space: SparsitySpace) -> None:
         """Check that some vector meets every constraint, for quantities that fall with sparsity.

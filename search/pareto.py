@@ -48,14 +48,17 @@ class ParetoFront:
             for objective in self.objectives
         )
         points = {_costs(member, self.objectives) for member in self.members}
-        return _hypervolume([point for point in points if all(p < b for p, b in zip(point, bound, strict=True))], bound)
+        return _hypervolume(
+            [point for point in points if all(p < b for p, b in zip(point, bound, strict=True))], bound
+        )
 
     def to_json(self) -> str:
         """Objectives and members, readable by anything."""
         return json.dumps(
             {
                 "objectives": [
-                    {"name": objective.name, "direction": objective.direction} for objective in self.objectives
+                    {"name": objective.name, "direction": objective.direction}
+                    for objective in self.objectives
                 ],
                 "members": [
                     {"vector": list(member.vector.ratios), **member.values} for member in self.members

@@ -36,7 +36,12 @@ class VectorSource:
         return self._first_new(study, lambda: random_vector(self.space, self.rng))
 
     def child(
-        self, study: Study, parents: list[SparsityVector], *, crossover_share: float, mutation_probability: float
+        self,
+        study: Study,
+        parents: list[SparsityVector],
+        *,
+        crossover_share: float,
+        mutation_probability: float,
     ) -> SparsityVector:
         """A child by crossover, mutation or both; a random vector where the parents give nothing new."""
 

@@ -49,7 +49,9 @@ def open_study(path: Path, objectives: Sequence[Objective], sampler: BaseSampler
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(names)
     elif study.metric_names != names:
-        raise ValueError(f"{path} holds a study of {study.metric_names}, not of {names}: use another run folder")
+        raise ValueError(
+            f"{path} holds a study of {study.metric_names}, not of {names}: use another run folder"
+        )
     return study
 
 

@@ -19,7 +19,9 @@ class SearchExhausted(ValueError):
 
 def random_vector(space: SparsitySpace, rng: np.random.Generator) -> SparsityVector:
     """Draw every gene from the choices, then sort the stages."""
-    return space.canonicalize(space.choices[index] for index in rng.integers(len(space.choices), size=space.num_genes))
+    return space.canonicalize(
+        space.choices[index] for index in rng.integers(len(space.choices), size=space.num_genes)
+    )
 
 
 def crossover(

@@ -134,7 +134,9 @@ class SparseSwin(nn.Module):
         self.stages = nn.ModuleList(
             SparseStage(
                 [
-                    SwinBlock(channels, num_heads, config.window_size, config.mlp_ratio, next(drop_path_rates))
+                    SwinBlock(
+                        channels, num_heads, config.window_size, config.mlp_ratio, next(drop_path_rates)
+                    )
                     for _ in range(depth)
                 ],
                 config.window_size,

@@ -43,7 +43,9 @@ class KeptWindows:
         num_images, num_kept, _ = self.rows_BKN.shape
         if self.kept_BK is not None:
             return values_M[self.kept_BK.flatten()]
-        return values_M.expand(num_images, *values_M.shape).reshape(num_images * num_kept, *values_M.shape[1:])
+        return values_M.expand(num_images, *values_M.shape).reshape(
+            num_images * num_kept, *values_M.shape[1:]
+        )
 
 
 class SwinBlock(nn.Module):

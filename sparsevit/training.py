@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from sparsevit.data.order import SeededSamples, TrainingOrder, derive_seed, seeded
@@ -86,8 +85,7 @@ def train(
     """
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config)
-    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
-    first_step = _restore(checkpoint, model, optimizer, scheduler, device)
+    first_step = _restore(checkpoint, model, optimizer, device)
     order = TrainingOrder(
         len(dataset),  # type: ignore[arg-type]
         seed=seed,
@@ -121,11 +119,12 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         if config.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step - 1, config)
         optimizer.step()
-        scheduler.step()
         on_step(step, {"loss": sum(values.values()), **values})
         if time.monotonic() - last_checkpoint >= config.checkpoint_every_s:
-            _save(checkpoint, model, optimizer, scheduler, step)
+            _save(checkpoint, model, optimizer, step)
             last_checkpoint = time.monotonic()
     model.eval()
 
@@ -155,7 +154,7 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is bf16 where the device multiplies it faster than fp32: CUDA, and CPUs with AVX512-BF16 or AMX."""
+    """``auto`` is bf16 where the device multiplies it faster: CUDA, CPUs with AVX512-BF16 or AMX."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -164,26 +163,18 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def _restore(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, device: torch.device
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> int:
+    """Load the checkpoint, if there is one; return the number of steps it has behind it."""
     if not checkpoint.is_file():
         return 0
     state = torch.load(checkpoint, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
     return int(state["step"])
 
 
-def _save(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, step: int
-) -> None:
-    state: dict[str, Tensor | dict[str, Any] | int] = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": {"last_epoch": scheduler.last_epoch, "_step_count": scheduler._step_count},
-        "step": step,
-    }
+def _save(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     partial = checkpoint.with_name(checkpoint.name + ".partial")
-    torch.save(state, partial)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
     os.replace(partial, checkpoint)

@@ -44,6 +44,7 @@ def effective_shift(grid_size: tuple[int, int], window_size: int, shift: int) ->
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a cached table must serve training too
 def window_grid(
     grid_size: tuple[int, int], window_size: int, shift: tuple[int, int], device: torch.device
 ) -> WindowGrid:
@@ -72,6 +73,7 @@ def window_grid(
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def relative_position_index(window_size: int, device: torch.device) -> Tensor:
     """Row of the bias table for every pair of window positions: [N, N] (Swin, equation 4)."""
     axis = torch.arange(window_size)

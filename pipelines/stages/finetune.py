@@ -55,9 +55,7 @@ class Finetune:
 def front_members(run: Run) -> list[FrontMember]:
     """The front that the search left, fastest first."""
     content = json.loads((run.results["search"].folder / FRONT_FILE).read_text())
-    return [
-        FrontMember(SparsityVector(tuple(entry.pop("vector"))), entry) for entry in content["members"]
-    ]
+    return [FrontMember(SparsityVector(tuple(entry.pop("vector"))), entry) for entry in content["members"]]
 
 
 def chosen_vector(run: Run) -> SparsityVector:

@@ -35,7 +35,9 @@ class Train:
         num_steps = 0
         if uncovered:
             if len(uncovered) < len(model.state_dict()):
-                logger.info("  the weights leave %d tensors untrained, so the model is trained", len(uncovered))
+                logger.info(
+                    "  the weights leave %d tensors untrained, so the model is trained", len(uncovered)
+                )
             num_steps = train_stage(run, self.name, model, run.config.train, folder, lambda generator: None)
         else:
             write_weights(folder / WEIGHTS_FILE, model.state_dict())

@@ -71,7 +71,8 @@ def recognise(weights: Mapping[str, Tensor], num_stages: int) -> tuple[str, Weig
     prefix = next(
         prefix
         for prefix in PREFIXES
-        if prefix == "" or any(name.startswith(prefix + "patch_embed.") or name.startswith(prefix + "features.0.") for name in weights)
+        if prefix == ""
+        or any(name.startswith((f"{prefix}patch_embed.", f"{prefix}features.0.")) for name in weights)
     )
     inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     left_over = [name for name in weights if not name.startswith(prefix)]

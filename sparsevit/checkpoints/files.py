@@ -50,7 +50,9 @@ def read_weights(path: Path) -> Weights:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     weights = {
-        str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
+        str(name).removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
     }
     if not weights:
         raise CheckpointError(f"{path} holds no tensors")

@@ -137,7 +137,9 @@ def locate_split(root: Path, split: str) -> tuple[Path, Path]:
         annotation_file = root / "annotations" / f"instances_{split}.json"
         name = split
     if not annotation_file.is_file():
-        known = sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
+        known = sorted(
+            path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json")
+        )
         raise DataError(f"{annotation_file} does not exist; {root} has the splits {known}")
     return annotation_file, root / name if (root / name).is_dir() else root
 
@@ -221,7 +223,7 @@ def _check_annotation(
     segmentation = annotation["segmentation"]
     polygons = segmentation if isinstance(segmentation, list) else []
     if isinstance(segmentation, dict):
-        segmentation["size"], segmentation["counts"]  # noqa: B018  (KeyError if it is no RLE)
+        segmentation["size"], segmentation["counts"]
     elif not isinstance(segmentation, list) or any(len(p) < 6 or len(p) % 2 for p in polygons):
         raise DataError(
             f"{annotation_file}: annotation {annotation['id']} has a malformed segmentation; a polygon is a "

@@ -33,9 +33,7 @@ def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[
     boxes = detections["boxes"].float().cpu()
     boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
     encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
-    columns = zip(
-        boxes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True
-    )
+    columns = zip(boxes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
     return [
         {
             "image_id": image_id,

@@ -7,6 +7,7 @@ pixels are a function of the seed.
 Legend: S image side; masks are [S, S] booleans.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,7 +30,9 @@ class ShapesConfig:
     """What to draw; every split has its own stream of random numbers."""
 
     image_size: int = 256
-    num_images: Mapping[str, int] = field(default_factory=lambda: {"train": 1200, "search": 64, "report": 120})
+    num_images: Mapping[str, int] = field(
+        default_factory=lambda: {"train": 1200, "search": 64, "report": 120}
+    )
     max_objects: int = 4
     empty_share: float = 0.04
     crowd_share: float = 0.05
@@ -64,7 +67,11 @@ def write_shapes(root: Path, config: ShapesConfig, on_image: Callable[[], None] 
 
 
 def _write_split(
-    folder: Path, num_images: int, config: ShapesConfig, rng: np.random.Generator, on_image: Callable[[], None]
+    folder: Path,
+    num_images: int,
+    config: ShapesConfig,
+    rng: np.random.Generator,
+    on_image: Callable[[], None],
 ) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -126,12 +133,18 @@ def _draw_crowd(canvas: NDArray[np.float32], rng: np.random.Generator) -> dict[s
 
 
 def _outline(
-    category: int, size: int, rng: np.random.Generator, radius: float, centre: NDArray[np.float64] | None = None
+    category: int,
+    size: int,
+    rng: np.random.Generator,
+    radius: float,
+    centre: NDArray[np.float64] | None = None,
 ) -> Points:
     if centre is None:
         centre = rng.uniform(0.08, 0.92, 2) * size
     num_corners = {"disc": 40, "square": 4, "triangle": 3}[CLASSES[category]]
-    angles = rng.uniform(0, 2 * np.pi) + np.arange(num_corners) * 2 * np.pi / num_corners
+    # Upright, give or take ten degrees: the first corner of a square lies on its diagonal.
+    upright = -np.pi / 2 if num_corners == 3 else np.pi / num_corners
+    angles = upright + rng.uniform(-0.17, 0.17) + np.arange(num_corners) * 2 * np.pi / num_corners
     corners = centre + radius * np.stack((np.cos(angles), np.sin(angles)), axis=1)
     corners = np.clip(corners, 0, size - 1)
     return [(round(float(x), 1), round(float(y), 1)) for x, y in corners]
@@ -195,4 +208,4 @@ def _run_lengths(mask: Mask) -> list[int]:
     flat = np.concatenate(([0], mask.flatten(order="F").astype(np.int8), [-1]))
     changes = np.flatnonzero(np.diff(flat[:-1])).tolist()
     bounds = [0, *changes, mask.size]
-    return [int(end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [end - start for start, end in itertools.pairwise(bounds)]

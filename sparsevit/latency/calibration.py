@@ -82,7 +82,9 @@ def num_calls(space: SparsitySpace, config: CalibrationConfig) -> int:
     return config.num_rounds * (max(config.num_vectors, len(_sweeps(space))) + config.num_held_out)
 
 
-def design_vectors(space: SparsitySpace, num_vectors: int, generator: torch.Generator) -> list[SparsityVector]:
+def design_vectors(
+    space: SparsitySpace, num_vectors: int, generator: torch.Generator
+) -> list[SparsityVector]:
     """Vectors to fit on: every gene swept alone, the uniform ones, random ones for the rest."""
     vectors = _sweeps(space)
     while len(vectors) < num_vectors:
@@ -119,7 +121,9 @@ def measure_ms(
             on_call=on_call,
         )
     noise = [
-        1.2533 * statistics.stdev(row) / statistics.mean(row) / len(row) ** 0.5 for row in times if len(row) > 1
+        1.2533 * statistics.stdev(row) / statistics.mean(row) / len(row) ** 0.5
+        for row in times
+        if len(row) > 1
     ]
     return [statistics.median(row) for row in times], statistics.median(noise) if noise else 0.0
 

@@ -59,7 +59,9 @@ class LatencyPredictor:
             raise ValueError(f"latencies must be finite and the base positive, got base {self.base_ms} ms")
         shape = (self.space.num_genes, len(self.space.choices))
         if len(self.terms_ms) != shape[0] or any(len(row) != shape[1] for row in self.terms_ms):
-            raise ValueError(f"the table must have {shape[0]} rows of {shape[1]} terms, one per gene and choice")
+            raise ValueError(
+                f"the table must have {shape[0]} rows of {shape[1]} terms, one per gene and choice"
+            )
 
     def predict(self, sparsity: SparsityVector) -> float:
         """Milliseconds of one forward pass.

@@ -1,0 +1,108 @@
+"""Fronts and hypervolume in closed form, and the rules that choose from a front."""
+
+import json
+import math
+
+import pytest
+
+from search import Constraint, FrontMember, Objective, ParetoFront
+from search.objectives import Admission
+from search.selection import choose
+from sparsevit.sparsity import SparsitySpace, SparsityVector
+
+ACCURACY, LATENCY = Objective("ap", "maximize"), Objective("ms", "minimize")
+OBJECTIVES = (ACCURACY, LATENCY)
+SPACE = SparsitySpace((2,))
+
+
+def member(ap: float, ms: float, ratio: float = 0.0) -> FrontMember:
+    return FrontMember(SparsityVector((ratio,)), {"ap": ap, "ms": ms})
+
+
+def test_front_keeps_the_non_dominated_in_order_of_latency() -> None:
+    front = ParetoFront.of(
+        [member(0.5, 10), member(0.4, 8), member(0.45, 11), member(0.3, 5), member(0.4, 9)], OBJECTIVES
+    )
+    assert [(m.values["ap"], m.values["ms"]) for m in front.members] == [(0.3, 5), (0.4, 8), (0.5, 10)]
+
+
+def test_equal_values_are_kept_once() -> None:
+    front = ParetoFront.of([member(0.5, 10, 0.1), member(0.5, 10, 0.2)], OBJECTIVES)
+    assert [m.vector.ratios for m in front.members] == [(0.1,)]
+
+
+def test_hypervolume_of_a_staircase() -> None:
+    front = ParetoFront.of([member(0.2, 4), member(0.6, 8)], OBJECTIVES)
+    # widths 6 and 2 up to 10 ms, heights 0.2 and another 0.4 above no accuracy
+    assert front.hypervolume({"ap": 0.0, "ms": 10.0}) == pytest.approx(6 * 0.2 + 2 * 0.4)
+
+
+def test_members_outside_the_reference_count_for_nothing() -> None:
+    front = ParetoFront.of([member(0.2, 4), member(0.6, 12), member(0.0, 1)], OBJECTIVES)
+    assert front.hypervolume({"ap": 0.0, "ms": 10.0}) == pytest.approx(6 * 0.2)
+    assert ParetoFront.of([], OBJECTIVES).hypervolume({"ap": 0.0, "ms": 10.0}) == 0.0
+
+
+def test_infinite_values() -> None:
+    front = ParetoFront.of([member(-math.inf, 1), member(0.5, math.inf)], OBJECTIVES)
+    assert front.hypervolume({"ap": 0.0, "ms": 10.0}) == 0.0
+
+
+def test_hypervolume_in_three_dimensions() -> None:
+    objectives = [Objective(name, "minimize") for name in "abc"]
+    corner = FrontMember(SPACE.dense, {"a": 1.0, "b": 1.0, "c": 1.0})
+    other = FrontMember(SPACE.sparsest, {"a": 0.0, "b": 2.0, "c": 2.0})
+    front = ParetoFront.of([corner, other], objectives)
+    # cubes of 2×2×2 and 3×1×1 that share 2×1×1
+    assert front.hypervolume(dict.fromkeys("abc", 3.0)) == pytest.approx(8 + 3 - 2)
+
+
+def test_json() -> None:
+    content = json.loads(ParetoFront.of([member(0.5, 10, 0.3)], OBJECTIVES).to_json())
+    assert content["objectives"][0] == {"name": "ap", "direction": "maximize"}
+    assert content["members"] == [{"vector": [0.3], "ap": 0.5, "ms": 10}]
+
+
+FRONT = [member(0.30, 4), member(0.45, 5), member(0.48, 8), member(0.50, 10)]
+
+
+def chosen(rule: str, drop: float = 0.03, budget: float | None = None) -> float:
+    picked = choose(
+        FRONT, rule, accuracy="ap", latency="ms", dense_accuracy=0.5,  # type: ignore[arg-type]
+        max_accuracy_drop=drop, latency_budget_ms=budget,
+    )  # fmt: skip
+    return picked.values["ms"]
+
+
+def test_rules() -> None:
+    assert chosen("accuracy_drop") == 8
+    assert chosen("accuracy_drop", drop=0.05) == 5
+    assert chosen("latency_budget", budget=9.0) == 8
+    assert chosen("knee") == 5
+
+
+def test_rules_that_nothing_satisfies() -> None:
+    with pytest.raises(ValueError, match=r"no front member has ms ≤ 3; the fastest has 4"):
+        chosen("latency_budget", budget=3.0)
+    with pytest.raises(ValueError, match=r"the best has 0.500: raise finetune.max_accuracy_drop"):
+        chosen("accuracy_drop", drop=-0.1)
+    with pytest.raises(ValueError, match="needs finetune.latency_budget_ms"):
+        chosen("latency_budget")
+    with pytest.raises(ValueError, match="choose one of latency_budget, accuracy_drop, knee"):
+        chosen("best")
+
+
+def test_infeasible_budget_names_the_reachable_range() -> None:
+    admission = Admission({"ms": lambda v: 10 - 5 * v.ratios[0]}, [Constraint("ms", upper=3.0)])
+    with pytest.raises(ValueError, match=r"no sparsity vector has ms .* reachable is 6 .* to 10 \(dense\)"):
+        admission.require_feasible(SPACE)
+
+
+def test_constraint_on_a_quantity_that_is_not_produced() -> None:
+    with pytest.raises(ValueError, match=r"constraint on 'energy' can never be checked"):
+        Admission({"ms": lambda v: 1.0}, [Constraint("energy", upper=1.0)])
+
+
+def test_unknown_direction() -> None:
+    with pytest.raises(ValueError, match="must be maximize or minimize, got 'up'"):
+        Objective("ap", "up")  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""Operators: legal children, deterministic tables, bounded attempts."""
+
+import numpy as np
+import pytest
+
+from search.variation import (
+    SearchExhausted,
+    crossover,
+    first_new,
+    mutate,
+    random_vector,
+    spread_over,
+)
+from sparsevit.sparsity import SparsitySpace, SparsityVector
+
+SPACE = SparsitySpace((2, 2, 6, 2))
+
+
+class Scripted(np.random.Generator):
+    """A generator whose draws are written down."""
+
+    def __init__(self, uniforms: list[object], integers: list[object]) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.uniforms, self.draws = iter(uniforms), iter(integers)
+
+    def random(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        value = next(self.uniforms)
+        return np.array(value) if isinstance(value, list) else value
+
+    def integers(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        value = next(self.draws)
+        return np.array(value) if isinstance(value, list) else value
+
+
+def test_random_vector_is_sorted_inside_stages() -> None:
+    rng = Scripted([], [[8, 0, 5, 1, 3, 2]])
+    assert random_vector(SPACE, rng).ratios == (0.8, 0.0, 0.1, 0.3, 0.5, 0.2)
+
+
+def test_crossover_takes_genes_from_either_parent_then_sorts() -> None:
+    first, second = SparsityVector((0.1,) * 6), SparsityVector((0.7,) * 6)
+    rng = Scripted([[0.4, 0.6, 0.9, 0.1, 0.9, 0.1]], [])
+    assert crossover(first, second, SPACE, rng).ratios == (0.1, 0.7, 0.1, 0.7, 0.7, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("uniforms", "integers", "expected"),
+    [
+        # gene 0 to its upper neighbour
+        ([[0.0, 1, 1, 1, 1, 1], 0.4], [3, 1], (0.5, 0.4, 0.4, 0.4, 0.4, 0.4)),
+        # gene 4 anywhere: five choices further, modulo nine; then the stage is sorted
+        ([[1, 1, 1, 1, 0.0, 1], 0.9], [0, 5], (0.4, 0.4, 0.0, 0.4, 0.4, 0.4)),
+        # nothing chosen: the gene that the generator names changes all the same
+        ([[1, 1, 1, 1, 1, 1], 0.4], [5, 0], (0.4, 0.4, 0.4, 0.4, 0.4, 0.3)),
+    ],
+)
+def test_mutation_table(uniforms: list[object], integers: list[object], expected: tuple[float, ...]) -> None:
+    rng = Scripted(uniforms, integers)
+    mutant = mutate(SparsityVector((0.4,) * 6), SPACE, rng, probability=0.1)
+    assert mutant.ratios == expected
+
+
+def test_children_of_random_parents_are_legal_and_mutants_differ() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        first, second = random_vector(SPACE, rng), random_vector(SPACE, rng)
+        assert crossover(first, second, SPACE, rng) in SPACE
+        assert mutate(first, SPACE, rng, probability=0.3) in SPACE
+
+
+def test_first_new_skips_seen_and_forbidden() -> None:
+    stream = iter([SPACE.dense, SPACE.sparsest, SPACE.uniform(0.3)])
+    vector = first_new(
+        [lambda: next(stream)],
+        {SPACE.dense},
+        lambda v: v != SPACE.sparsest,
+        num_attempts=5,
+        constraints="latency_ms ≤ 1",
+    )
+    assert vector == SPACE.uniform(0.3)
+
+
+def test_attempts_are_bounded_and_the_error_names_the_budget() -> None:
+    with pytest.raises(SearchExhausted, match=r"within latency_ms ≤ 1 in 20 attempts .* widen the budget"):
+        first_new(
+            [lambda: SPACE.dense] * 2, set(), lambda v: False, num_attempts=10, constraints="latency_ms ≤ 1"
+        )
+
+
+def test_first_generation_covers_the_range() -> None:
+    vectors = spread_over(
+        lambda v: 10 - sum(v), SPACE, lambda v: True, np.random.default_rng(0),
+        num_vectors=30, num_candidates=2000,
+    )  # fmt: skip
+    assert len(set(vectors)) == 30
+    assert {SPACE.uniform(ratio) for ratio in SPACE.choices} <= set(vectors)
+    assert all(vector in SPACE for vector in vectors)
+    values = sorted(sum(vector) for vector in vectors)
+    assert max(b - a for a, b in zip(values[:-1], values[1:], strict=True)) < 0.8
+
+
+def test_first_generation_respects_the_constraints() -> None:
+    vectors = spread_over(
+        sum, SPACE, lambda v: sum(v) >= 4.5, np.random.default_rng(0), num_vectors=12, num_candidates=4000
+    )
+    assert vectors
+    assert all(sum(vector) >= 4.5 for vector in vectors)

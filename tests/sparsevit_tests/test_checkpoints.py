@@ -1,0 +1,159 @@
+"""Weight files: formats, and everything that can be wrong with one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+
+from sparsevit import SparseSwin, create_backbone, load_backbone_weights
+from sparsevit.checkpoints import CheckpointError, load_model_weights, read_weights, write_weights
+from sparsevit.tasks.instance_segmentation import InstanceSegmentation
+from sparsevit.tasks.mask_rcnn import MaskRCNNConfig
+
+
+def small_task(num_classes: int = 3) -> InstanceSegmentation:
+    return InstanceSegmentation(
+        MaskRCNNConfig(
+            num_classes=num_classes, image_size=64, fpn_channels=16, box_channels=16, mask_channels=16,
+            smallest_anchor=16, num_proposals=20, num_rois_per_image=16, num_detections=5,
+        )
+    )  # fmt: skip
+
+
+def microsoft_names(backbone: SparseSwin) -> dict[str, torch.Tensor]:
+    """Our weights under the names of Microsoft's detection checkpoints."""
+    renamed = {}
+    for name, value in backbone.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "stages":
+            parts[0] = "layers"
+        elif parts[0] == "downsamples":
+            parts = ["layers", parts[1], "downsample", *parts[2:]]
+        elif parts[0] == "norms":
+            parts = [f"norm{parts[1]}", *parts[2:]]
+        renamed[".".join(parts)] = value
+    return renamed
+
+
+def test_torchvision_classifier(tmp_path: Path) -> None:
+    theirs = torchvision.models.swin_t(weights=None)
+    torch.save(theirs.state_dict(), tmp_path / "swin.pth")
+    backbone = create_backbone("swin_t")
+    report = load_backbone_weights(backbone, tmp_path / "swin.pth")
+    assert report.format == "torchvision"
+    assert set(report.left_over) == {"head.weight", "head.bias"}
+    assert all(name.startswith("norms.") for name in report.missing)
+    assert torch.equal(
+        backbone.stages[2].blocks[5].attn.qkv.weight, theirs.features[5][5].attn.qkv.weight
+    )
+    assert torch.equal(backbone.downsamples[1].reduction.weight, theirs.features[4].reduction.weight)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
+def test_microsoft_names_under_any_prefix(tmp_path: Path, prefix: str) -> None:
+    source, target = create_backbone("swin_nano"), create_backbone("swin_nano")
+    named = {prefix + name: value for name, value in microsoft_names(source).items()}
+    extra = {prefix + "layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16)}
+    torch.save({"model": named | extra, "epoch": 3}, tmp_path / "swin.pth")
+    report = load_backbone_weights(target, tmp_path / "swin.pth")
+    assert report.format == "microsoft"
+    assert report.missing == ()
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+
+
+def test_own_format_round_trip_is_bit_exact(tmp_path: Path) -> None:
+    source, target = create_backbone("swin_nano"), create_backbone("swin_nano")
+    write_weights(tmp_path / "own.safetensors", source.state_dict())
+    assert load_backbone_weights(target, tmp_path / "own.safetensors").format == "sparsevit"
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no.pth does not exist"):
+        read_weights(tmp_path / "no.pth")
+
+
+@pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors"])
+def test_corrupt_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"this is not a checkpoint" * 10)
+    with pytest.raises(CheckpointError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    write_weights(tmp_path / "whole.safetensors", create_backbone("swin_nano").state_dict())
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="cut.safetensors is corrupt"):
+        read_weights(tmp_path / "cut.safetensors")
+
+
+class Payload:
+    """A class of ours inside a pickle: loading it would run code."""
+
+
+def test_pickle_with_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Payload()}, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="not loadable with weights_only=True"):
+        read_weights(tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}])
+def test_file_without_weights(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="not a state dict|holds no tensors"):
+        read_weights(tmp_path / "odd.pth")
+
+
+def test_backbone_of_another_size_lists_the_shapes(tmp_path: Path) -> None:
+    torch.save(torchvision.models.swin_b(weights=None).state_dict(), tmp_path / "swin_b.pth")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this backbone"):
+        load_backbone_weights(create_backbone("swin_t"), tmp_path / "swin_b.pth")
+
+
+def test_another_network_altogether(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(CheckpointError, match=r"Unexpected: .* Missing: "):
+        load_backbone_weights(create_backbone("swin_t"), tmp_path / "resnet.pth")
+
+
+def test_model_of_other_classes_keeps_its_own_heads(tmp_path: Path) -> None:
+    task = small_task(3)
+    write_weights(
+        tmp_path / "three.safetensors", task.build_model(create_backbone("swin_nano")).state_dict()
+    )
+    model = small_task(5).build_model(create_backbone("swin_nano"))
+    uncovered = load_model_weights(
+        model, task.backbone_of(model), tmp_path / "three.safetensors", class_layers=task.class_layers
+    )
+    assert len(uncovered) == 6
+    assert all("predictor" in name for name in uncovered)
+
+
+def test_model_of_other_width_is_refused(tmp_path: Path) -> None:
+    task = small_task()
+    write_weights(
+        tmp_path / "nano.safetensors", task.build_model(create_backbone("swin_nano")).state_dict()
+    )
+    model = task.build_model(create_backbone("swin_t"))
+    with pytest.raises(CheckpointError, match="checkpoint of another model"):
+        load_model_weights(
+            model, task.backbone_of(model), tmp_path / "nano.safetensors", class_layers=task.class_layers
+        )
+
+
+def test_backbone_file_leaves_the_heads_uncovered(tmp_path: Path) -> None:
+    task = small_task()
+    source = create_backbone("swin_nano")
+    write_weights(tmp_path / "backbone.safetensors", source.state_dict())
+    model = task.build_model(create_backbone("swin_nano"))
+    uncovered = load_model_weights(
+        model, task.backbone_of(model), tmp_path / "backbone.safetensors", class_layers=task.class_layers
+    )
+    assert uncovered
+    assert not any(name.startswith("backbone.body.") for name in uncovered)
+    assert torch.equal(task.backbone_of(model).patch_embed.proj.weight, source.patch_embed.proj.weight)

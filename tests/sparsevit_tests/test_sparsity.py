@@ -1,0 +1,84 @@
+"""Vectors and spaces."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sparsevit import SparsitySpace, SparsityVector
+from sparsevit.sparsity import count_kept_windows
+
+SWIN_T = SparsitySpace((2, 2, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "ratio", "expected"),
+    [(100, 0.8, 20), (25, 0.8, 5), (576, 0.3, 403), (10, 0.1, 9), (4, 0.8, 1), (1, 0.8, 1), (7, 0.0, 7)],
+)
+def test_keep_counts_are_exact(num_windows: int, ratio: float, expected: int) -> None:
+    assert count_kept_windows(num_windows, ratio) == expected
+
+
+def test_the_release_loses_a_window_to_float_error_and_we_do_not() -> None:
+    assert int(100 * (1 - 0.8)) == 19
+    assert count_kept_windows(100, 0.8) == 20
+
+
+def test_space_of_swin_t_has_the_published_size() -> None:
+    assert SWIN_T.size == 120_285
+    assert SWIN_T.num_genes == 6
+    assert SparsitySpace((2, 2, 18, 2)).num_genes == 12
+
+
+def test_enumeration_is_complete_legal_and_without_repeats() -> None:
+    space = SparsitySpace((2, 4, 6), choices=(0.0, 0.5, 0.8))
+    vectors = list(space)
+    assert len(vectors) == len(set(vectors)) == space.size
+    assert all(vector in space for vector in vectors)
+    brute = {
+        SparsityVector(ratios)
+        for ratios in itertools.product(space.choices, repeat=6)
+        if ratios[1] <= ratios[2] and ratios[3] <= ratios[4] <= ratios[5]
+    }
+    assert set(vectors) == brute
+
+
+def test_canonicalize_sorts_inside_stages_only() -> None:
+    vector = SWIN_T.canonicalize((0.6, 0.0, 0.5, 0.2, 0.4, 0.0))
+    assert vector.ratios == (0.6, 0.0, 0.2, 0.4, 0.5, 0.0)
+
+
+def test_draws_are_legal_and_follow_the_generator() -> None:
+    draws = [[SWIN_T.draw(torch.Generator().manual_seed(7)) for _ in range(50)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    generator = torch.Generator().manual_seed(1)
+    assert all(SWIN_T.draw(generator) in SWIN_T for _ in range(200))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, math.inf])
+def test_ratio_out_of_range(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"ratios lie in \[0, 1\), but ratio 1"):
+        SparsityVector((0.0, ratio))
+
+
+def test_wrong_length_names_both_numbers() -> None:
+    with pytest.raises(ValueError, match="has 5 ratios, but depths .* need 6"):
+        SWIN_T.validate(SparsityVector((0.0,) * 5))
+
+
+def test_decrease_inside_a_stage_names_the_stage() -> None:
+    with pytest.raises(ValueError, match="may not decrease inside a stage, but stage 3"):
+        SWIN_T.validate(SparsityVector((0.6, 0.0, 0.4, 0.2, 0.5, 0.0)))
+
+
+def test_unknown_choice_names_the_gene() -> None:
+    with pytest.raises(ValueError, match=r"stage1.pair1 is 0.25, which is not one of the choices"):
+        SWIN_T.validate(SparsityVector((0.25, 0, 0, 0, 0, 0)))
+
+
+def test_bad_spaces() -> None:
+    with pytest.raises(ValueError, match="choices must be increasing"):
+        SparsitySpace((2,), choices=(0.0, 0.0))
+    with pytest.raises(ValueError, match="depths must be positive"):
+        SparsitySpace(())
