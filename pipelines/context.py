@@ -30,8 +30,12 @@ logger = logging.getLogger(__name__)
 class Stage(Protocol):
     """A step of the run. Its result is a function of `depends_on` and of the stages it needs."""
 
-    name: str
-    needs: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the stages whose results it uses."""
 
     def depends_on(self, run: "Run") -> Mapping[str, Any]:
         """Everything but the needed stages that the result is a function of, as JSON-like values."""

@@ -73,11 +73,11 @@ def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]
     figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", row=1, col=2)
     evaluations = list(range(1, len(hypervolumes) + 1))
     figure.add_scatter(x=evaluations, y=list(hypervolumes), mode="lines", name="hypervolume", row=1, col=3)
-    for column, (x, y) in enumerate(
+    for place, (x, y) in enumerate(
         (("measured ms", metric), ("predicted ms", "measured ms"), ("evaluations", "hypervolume")), start=1
     ):
-        figure.update_xaxes(title_text=x, row=1, col=column)
-        figure.update_yaxes(title_text=y, row=1, col=column)
+        figure.update_xaxes(title_text=x, row=1, col=place)
+        figure.update_yaxes(title_text=y, row=1, col=place)
     return figure.update_layout(height=480)
 
 

@@ -225,14 +225,15 @@ def _explain(error: BaseException) -> str:
     if "'${experiment}_${scale}'" in str(error):
         return _choose_experiment()
     lines = [str(error).strip()]
-    cause: BaseException | None = error
-    while (cause := cause.__cause__ or cause.__context__) is not None:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
         text = str(cause).strip()
         if isinstance(cause, OmegaConfBaseException) and text not in lines[0]:
             lines.append(text)
         if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
             lines.append(f"valid keys here: {', '.join(map(str, cause.parent_node))}")
             break
+        cause = cause.__cause__ or cause.__context__
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ Tune's own state is disposable and lives in a temporary folder. A trial's result
 study as soon as the driver has it; a search that is opened again spends what is left of its budget.
 """
 
+import json
+import logging
 import math
 import os
 import tempfile
@@ -20,7 +22,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 from ray.tune.search import Searcher
-from ray.tune.utils.util import unflatten_dict
 
 from search.encoding import decode, distributions
 from search.evaluator import EvaluatorFactory
@@ -113,23 +114,23 @@ def start_ray(config: EngineConfig) -> None:
     """Join the cluster that is named, or start Ray on this machine."""
     if ray.is_initialized():
         return
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
     ray.init(
         num_cpus=max(1, math.ceil(config.num_workers * config.cpus_per_worker)),
         object_store_memory=config.object_store_mib * 2**20,
         include_dashboard=False,
-        **quiet,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
     )
 
 
 class VectorTrial(tune.Trainable):
     """A worker: builds the evaluator once, then scores one vector per trial."""
 
-    def setup(
+    def setup(  # type: ignore[override]  # Tune passes what with_parameters was given
         self, config: dict[str, Any], factory: EvaluatorFactory, sample_budget: int | None, num_retries: int
     ) -> None:
         self._evaluate = factory()
@@ -152,9 +153,9 @@ class VectorTrial(tune.Trainable):
                 continue
             broken = {name: value for name, value in values.items() if not math.isfinite(value)}
             if not broken:
-                return {"outcome": {"values": values}, "done": True}
+                return {"outcome": json.dumps({"values": values}), "done": True}
             reason = f"the evaluation gave {broken}"
-        return {"outcome": {"failure": reason}, "done": True}
+        return {"outcome": json.dumps({"failure": reason}), "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save: a trial is one step."""
@@ -178,7 +179,9 @@ class StudySearcher(Searcher):
         self._running: dict[str, Trial] = {}
         self.exhausted: SearchExhausted | None = None
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(  # type: ignore[override]  # Searcher.FINISHED is a string
+        self, trial_id: str
+    ) -> dict[str, Any] | str | None:
         if self._num_left <= 0 or self.exhausted is not None:
             return str(Searcher.FINISHED)
         try:
@@ -195,7 +198,7 @@ class StudySearcher(Searcher):
     ) -> None:
         if error or result is None:
             return  # the worker is lost; _TellLostWorkers has the reason
-        outcome = unflatten_dict(result)["outcome"]
+        outcome = json.loads(result["outcome"])  # a string, because Tune flattens nested results
         if "failure" in outcome:
             self.fail(trial_id, outcome["failure"])
             return

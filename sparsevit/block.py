@@ -89,4 +89,5 @@ class SwinBlock(nn.Module):
         if not self.training or self.drop_path_rate == 0.0:
             return branch_PNC
         per_image = branch_PNC.view(num_images, -1)
-        return stochastic_depth(per_image, self.drop_path_rate, mode="row").view_as(branch_PNC)
+        kept: Tensor = stochastic_depth(per_image, self.drop_path_rate, mode="row")
+        return kept.view_as(branch_PNC)

@@ -131,7 +131,8 @@ def train(
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW without weight decay on norms, biases and position-bias tables."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or name.endswith("relative_position_bias_table")

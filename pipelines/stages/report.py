@@ -50,7 +50,7 @@ class Report:
         after = run.evaluate(finetuned, run.report_set, chosen, "report: the finetuned subnet")[metric]
         dense = run.results["train"].metrics[metric]
         measured = _measure(run, [run.space.dense, *(member.vector for member in members)])
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "vector": str(member.vector),
                 "predicted ms": member.values["latency_ms"],

@@ -175,7 +175,8 @@ def read_image(path: Path) -> torch.Tensor:
     """
     with _open_image(path) as image:
         try:
-            return pil_to_tensor(image.convert("RGB"))
+            pixels: torch.Tensor = pil_to_tensor(image.convert("RGB"))
+            return pixels
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{path} cannot be decoded: {error}") from error
 

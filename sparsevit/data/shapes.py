@@ -1,6 +1,6 @@
 """A small data set in COCO format, drawn by this module: shapes on textured backgrounds.
 
-It gives the embedded scale something real to learn within minutes: three classes over a wide
+It gives the embedded scale something to learn within minutes: three classes over a wide
 range of sizes, occlusion, polygon and RLE masks, crowd regions, images without objects. The
 pixels are a function of the seed.
 
@@ -21,6 +21,8 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 CLASSES = ("disc", "square", "triangle")
+PATTERNS = ("rings", "checks", "stripes")
+"""Texture of every class: shape and texture tell the classes apart, as they do in photos."""
 Points = list[tuple[float, float]]
 Mask = NDArray[np.bool_]
 
@@ -93,7 +95,7 @@ def draw_image(
 ) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Draw one image: pixels [S, S, 3] and its COCO annotations, without ids."""
     size = config.image_size
-    canvas = _texture((size, size), rng, contrast=0.35)
+    canvas = _texture((size, size), rng, pattern="noise")
     layers: list[tuple[Mask, int, Points | None]] = []  # visible mask, category, outline
     if rng.random() < config.empty_share:
         return _to_uint8(canvas, rng), []
@@ -102,9 +104,9 @@ def draw_image(
         crowd = _draw_crowd(canvas, rng)
     for _ in range(int(rng.integers(1, config.max_objects + 1))):
         category = int(rng.integers(len(CLASSES)))
-        outline = _outline(category, size, rng, radius=float(rng.uniform(0.05, 0.21)) * size)
+        outline = _outline(category, size, rng, radius=float(rng.uniform(0.06, 0.22)) * size)
         mask = _rasterize(outline, size)
-        _paint(canvas, mask, rng)
+        _paint(canvas, mask, PATTERNS[category], rng)
         layers = [(visible & ~mask, kind, None if (visible & mask).any() else points)
                   for visible, kind, points in layers]  # fmt: skip
         layers.append((mask, category, outline))
@@ -125,7 +127,7 @@ def _draw_crowd(canvas: NDArray[np.float32], rng: np.random.Generator) -> dict[s
     for _ in range(12):
         offset = rng.normal(0.0, 0.07 * size, 2)
         mask = _rasterize(_outline(category, size, rng, radius=0.02 * size, centre=centre + offset), size)
-        _paint(canvas, mask, rng)
+        _paint(canvas, mask, PATTERNS[category], rng)
         covered |= mask
     if not covered.any():
         covered[int(centre[1]), int(centre[0])] = True
@@ -156,30 +158,41 @@ def _rasterize(outline: Points, size: int) -> Mask:
     return np.asarray(image, dtype=bool).copy()
 
 
-def _paint(canvas: NDArray[np.float32], mask: Mask, rng: np.random.Generator) -> None:
+def _paint(canvas: NDArray[np.float32], mask: Mask, pattern: str, rng: np.random.Generator) -> None:
     """Fill `mask` with a texture of its own, drawn no larger than the mask's bounding box."""
     if not mask.any():
         return
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     region = canvas[box]
-    region[mask[box]] = _texture(region.shape[:2], rng, contrast=0.25)[mask[box]]
+    region[mask[box]] = _texture(region.shape[:2], rng, pattern)[mask[box]]
 
 
-def _texture(shape: tuple[int, ...], rng: np.random.Generator, contrast: float) -> NDArray[np.float32]:
-    """A random colour modulated by stripes and smooth noise: [*shape, 3] in [0, 1]."""
+def _texture(shape: tuple[int, ...], rng: np.random.Generator, pattern: str) -> NDArray[np.float32]:
+    """A random colour modulated by a pattern: [*shape, 3] in [0, 1].
+
+    ``noise`` is smooth and of low contrast; ``rings``, ``checks`` and ``stripes`` are drawn at a
+    random scale, angle and contrast.
+    """
     height, width = shape
-    y = np.arange(height, dtype=np.float32)[:, None] / 256
-    x = np.arange(width, dtype=np.float32)[None, :] / 256
-    angle, frequency, phase = rng.uniform(0, np.pi), rng.uniform(2, 14), rng.uniform(0, 2 * np.pi)
-    wave = 2 * np.pi * frequency * np.array((np.cos(angle), np.sin(angle)), dtype=np.float32)
-    stripes = np.sin(x * wave[0] + y * wave[1] + np.float32(phase))
-    coarse = Image.fromarray(rng.uniform(-1, 1, (8, 8)).astype(np.float32))
-    noise = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-    pattern = stripes * np.float32(rng.uniform(0.2, 1.0)) + noise
-    gain = (0.5 * contrast * rng.uniform(0.3, 1.0, 3)).astype(np.float32)
-    texture = rng.uniform(0.1, 0.9, 3).astype(np.float32) + gain * pattern[..., None]
-    return np.clip(texture, 0.0, 1.0)
+    y = np.arange(height, dtype=np.float32)[:, None]
+    x = np.arange(width, dtype=np.float32)[None, :]
+    angle, phase = rng.uniform(-0.3, 0.3), np.float32(rng.uniform(0, 2 * np.pi))
+    wave = np.float32(2 * np.pi / rng.uniform(7, 14))
+    along = wave * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
+    across = wave * (y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle)))
+    if pattern == "noise":
+        coarse = Image.fromarray(rng.uniform(-1, 1, (8, 8)).astype(np.float32))
+        values = 0.5 * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    elif pattern == "rings":
+        values = np.sin(wave * np.hypot(y - height / 2, x - width / 2) + phase)
+    elif pattern == "checks":
+        values = np.sign(np.sin(along) * np.sin(across))
+    else:
+        values = np.sin(across + phase) + 0 * x
+    colour = rng.uniform(0.15, 0.85, 3).astype(np.float32)
+    gain = (rng.uniform(0.15, 0.35) * rng.uniform(0.4, 1.0, 3)).astype(np.float32)
+    return np.clip(colour + gain * values.astype(np.float32)[..., None], 0.0, 1.0)
 
 
 def _to_uint8(canvas: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -168,10 +168,10 @@ def _steps(space: SparsitySpace, vector: SparsityVector) -> list[float]:
 
 
 def _spearman(first: Array, second: Array) -> float:
-    ranks = [_average_ranks(values) for values in (first, second)]
-    if any(np.ptp(values) == 0 for values in ranks):
+    a, b = _average_ranks(first), _average_ranks(second)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _average_ranks(values: Array) -> Array:

@@ -10,9 +10,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -42,7 +43,11 @@ class MaskRCNNConfig:
 
 
 class SparsePyramid(nn.Module):
-    """Backbone and feature pyramid, as torchvision's detectors want them."""
+    """Backbone and feature pyramid, as torchvision's detectors want them.
+
+    The maps are float32 under autocast too: anchors and boxes take their type from them, and in
+    bfloat16 a coordinate beyond 128 is only good to a pixel.
+    """
 
     def __init__(self, body: SparseSwin, out_channels: int) -> None:
         super().__init__()
@@ -57,7 +62,7 @@ class SparsePyramid(nn.Module):
         pyramid: dict[str, Tensor] = self.fpn(
             OrderedDict((str(level), feature.contiguous()) for level, feature in enumerate(features))
         )
-        return pyramid
+        return {level: feature.float() for level, feature in pyramid.items()}
 
 
 class SparseMaskRCNN(MaskRCNN):
@@ -66,6 +71,7 @@ class SparseMaskRCNN(MaskRCNN):
     def __init__(self, backbone: SparseSwin, config: MaskRCNNConfig) -> None:
         levels = [str(level) for level in range(len(backbone.num_channels))]
         sizes = tuple((config.smallest_anchor * 2**level,) for level in range(len(levels) + 1))
+        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
         super().__init__(
             SparsePyramid(backbone, config.fpn_channels),
             min_size=config.image_size,
@@ -73,7 +79,8 @@ class SparseMaskRCNN(MaskRCNN):
             size_divisible=config.image_size,
             image_mean=list(IMAGE_MEAN),
             image_std=list(IMAGE_STD),
-            rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            rpn_anchor_generator=anchors,
+            rpn_head=_ProposalHead(config.fpn_channels, anchors.num_anchors_per_location()[0]),
             rpn_pre_nms_top_n_train=2 * config.num_proposals,
             rpn_pre_nms_top_n_test=config.num_proposals,
             rpn_post_nms_top_n_train=config.num_proposals,
@@ -91,7 +98,7 @@ class SparseMaskRCNN(MaskRCNN):
             ),
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         images: list[Tensor],
         targets: list[dict[str, Tensor]] | None = None,
@@ -116,13 +123,17 @@ class SparseMaskRCNN(MaskRCNN):
         return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
 
 
-class _BoxPredictor(nn.Module):
-    """Class logits and box offsets; torchvision's own insists on at least two classes' shapes."""
+class _ProposalHead(RPNHead):
+    """torchvision's, with float32 offsets under autocast."""
 
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.cls_score = nn.Linear(channels, num_classes)
-        self.bbox_pred = nn.Linear(channels, num_classes * 4)
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, offsets = super().forward(x)
+        return [logit.float() for logit in logits], [offset.float() for offset in offsets]
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """torchvision's, with float32 offsets under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(x), self.bbox_pred(x)
+        logits, offsets = super().forward(x)
+        return logits.float(), offsets.float()

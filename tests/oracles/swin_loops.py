@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsevit import SparseSwin
+from sparsevit.backbone import PatchMerging, SparseStage
 from sparsevit.block import SwinBlock
 
 
@@ -24,6 +25,7 @@ def loop_forward(
     genes = list(ratios)
     features, kept_per_block = [], []
     for stage_index, stage in enumerate(backbone.stages):
+        assert isinstance(stage, SparseStage)
         scores: list[dict[tuple[int, int], float]] | None = None
         for block_index, block in enumerate(stage.blocks):
             assert isinstance(block, SwinBlock)
@@ -140,6 +142,7 @@ def _region(
 
 def _merge(backbone: SparseSwin, index: int, x: Tensor) -> Tensor:
     merging = backbone.downsamples[index]
+    assert isinstance(merging, PatchMerging)
     num_images, height, width, channels = x.shape
     out = x.new_zeros(num_images, math.ceil(height / 2), math.ceil(width / 2), 2 * channels)
     for b in range(num_images):

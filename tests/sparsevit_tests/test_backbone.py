@@ -29,12 +29,13 @@ def swin_t_pair() -> tuple[SparseSwin, nn.Module]:
 
 def torchvision_features(model: nn.Module, images: Tensor) -> list[Tensor]:
     features, x = [], images
-    for index, layer in enumerate(model.features):  # type: ignore[arg-type]
+    for index, layer in enumerate(model.get_submodule("features").children()):
         x = layer(x)
         if index % 2:
             features.append(x)
     last = len(features) - 1
-    normed = [model.norm(f) if i == last else F.layer_norm(f, f.shape[-1:]) for i, f in enumerate(features)]
+    norm = model.get_submodule("norm")
+    normed = [norm(f) if i == last else F.layer_norm(f, f.shape[-1:]) for i, f in enumerate(features)]
     return [feature.permute(0, 3, 1, 2) for feature in normed]
 
 
@@ -120,7 +121,7 @@ def test_gradients_match_finite_differences() -> None:
         nn.init.normal_(parameter, std=0.5)
     vector = SparsityVector((0.4, 0.5))
     images = torch.randn(1, 3, 20, 28, dtype=torch.float64)
-    weight = backbone.stages[0].blocks[0].attn.qkv.weight
+    weight = backbone.get_parameter("stages.0.blocks.0.attn.qkv.weight")
 
     def forward(images: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         features = torch.func.functional_call(

@@ -1,5 +1,6 @@
 """Calibration: the predictor recovers what it should, and refuses what it must."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -22,7 +23,7 @@ SETTING = LatencySetting("a device", 2, "2.11", "fp32", 1, (672, 672), "swin_t")
 
 def true_latency(vector: SparsityVector) -> float:
     weights = (9.0, 7.0, 4.0, 4.0, 4.0, 3.0)
-    return 50 - sum(weight * ratio**0.8 for weight, ratio in zip(weights, vector, strict=True))
+    return 50 - sum(weight * float(ratio**0.8) for weight, ratio in zip(weights, vector, strict=True))
 
 
 def fitted(noise: float = 0.0) -> LatencyPredictor:
@@ -44,7 +45,7 @@ def test_prediction_never_grows_with_a_ratio_even_from_noisy_measurements() -> N
     predictor = fitted(noise=0.05)
     for row in predictor.terms_ms:
         assert row[0] == 0
-        assert all(a >= b for a, b in zip(row[:-1], row[1:], strict=True))
+        assert all(a >= b for a, b in itertools.pairwise(row))
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_norms_biases_and_bias_tables_do_not_decay() -> None:
     decayed, plain = build_optimizer(model, TrainingConfig(num_steps=1)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
-    table = model.stages[0].blocks[0].attn.relative_position_bias_table
+    table = model.get_parameter("stages.0.blocks.0.attn.relative_position_bias_table")
     assert any(parameter is table for parameter in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 

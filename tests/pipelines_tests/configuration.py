@@ -1,0 +1,45 @@
+"""Compose configurations in tests, as the command line does."""
+
+from pathlib import Path
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+
+from pipelines import schema
+from pipelines.run import CONF
+
+
+def composed(*overrides: str, experiment: str = "coco") -> schema.ConfigSchema:
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", [f"+experiment={experiment}", *overrides])
+    return cast(schema.ConfigSchema, config)
+
+
+def tiny_run(folder: Path, *overrides: str) -> list[str]:
+    """Overrides that shrink the COCO experiment to seconds: the real stages on a dozen small images."""
+    return [
+        f"output={folder / 'out'}",
+        f"data.root={folder / 'data'}",
+        "data.shapes.num_images={train:12,search:6,report:6}",
+        "data.shapes.image_size=64",
+        "task.image_size=64",
+        "task.num_proposals=30",
+        "task.num_rois_per_image=16",
+        "init=scratch",
+        "train.epochs=1",
+        "adapt.epochs=0.5",
+        "finetune.epochs=0.5",
+        "finetune.max_accuracy_drop=1",
+        "latency.image_size=[64,64]",
+        "latency.num_vectors=10",
+        "latency.num_held_out=4",
+        "latency.num_rounds=2",
+        "search.num_evaluations=6",
+        "sampler.population_size=4",
+        "report.num_rounds=2",
+        "train.checkpoint_every_s=0",
+        "adapt.checkpoint_every_s=0",
+        "finetune.checkpoint_every_s=0",
+        *overrides,
+    ]

@@ -1,0 +1,139 @@
+"""Every choice in ``conf/`` composes and builds; what is wrong is said."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import build
+from pipelines.artifacts import content_key
+from pipelines.run import CONF
+from sparsevit.data.order import seeded
+from sparsevit.sparsity import SparsitySpace
+from sparsevit.training import TrainingConfig
+from tests.pipelines_tests.configuration import composed
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
+
+
+def choices(group: str) -> list[str]:
+    return [f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("experiment", "scale"), list(itertools.product(EXPERIMENTS, SCALES)))
+def test_every_experiment_composes_and_builds_at_every_scale(experiment: str, scale: str) -> None:
+    config = composed(f"scale={scale}", "data.root=/data", experiment=experiment)
+    build.check(config)
+    with torch.device("meta"):
+        model = build.task(config, num_classes=80).build_model(build.backbone(config))
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1e6
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        choice
+        for group in ("task", "data", "backbone", "latency", "sampler", "cluster", "tracking")
+        for choice in choices(group)
+    ],
+)
+def test_every_choice_of_every_group_composes_and_builds(choice: str) -> None:
+    config = composed(choice, "data.root=/data")
+    build.check(config)
+    assert build.space(config).num_genes > 0
+
+
+def test_full_scale_is_the_papers_recipe() -> None:
+    config = composed("scale=full", "data.root=/data")
+    assert config.backbone.name == "swin_t"
+    assert build.space(config).size == 120_285
+    adapt = build.training(config.adapt, num_images=118_287)
+    assert isinstance(adapt, TrainingConfig)
+    assert (adapt.learning_rate, adapt.schedule) == (1e-5, "step")
+    assert (config.adapt.epochs, config.finetune.epochs, config.train.epochs) == (12, 36, 36)
+    assert (config.sampler.population_size, config.search.num_evaluations) == (100, 10_000)
+    assert config.sampler.mutation_probability == 0.1
+
+
+def test_full_scale_steps_on_a_few_images() -> None:
+    """Swin-T at 672×672: one training step and one evaluation of the real model."""
+    config = composed("scale=full", "data.root=/data")
+    task = build.task(config, num_classes=80)
+    torch.manual_seed(0)
+    model = task.build_model(build.backbone(config)).train()
+    images = [torch.from_numpy(np.asarray(Image.new("RGB", (672, 672), "grey")).copy()).permute(2, 0, 1)]
+    mask = torch.zeros(1, 672, 672, dtype=torch.uint8)
+    mask[0, 100:300, 200:400] = 1
+    target = {
+        "boxes": torch.tensor([[200.0, 100.0, 400.0, 300.0]]),
+        "labels": torch.tensor([17]),
+        "masks": mask,
+        "image_id": 1,
+    }
+    vector = SparsitySpace((2, 2, 6, 2)).draw(seeded(3))
+    loss = sum(task.losses(model, (images, [target]), vector).values())
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = task.backbone_of(model).get_parameter("stages.3.blocks.1.attn.qkv.weight").grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
+    with torch.inference_mode():
+        detections = model.eval()([images[0] / 255], sparsity=vector)
+    assert detections[0]["masks"].shape[-2:] == (672, 672)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("backbone.choices=[0.5,0.2]", r"choices must be increasing"),
+        ("backbone.choices=[0.0,1.2]", r"ratios lie in \[0, 1\)"),
+        ("backbone.name=swin_x", "backbone.name is 'swin_x'; choose one of swin_nano"),
+        ("adapt.law=never", "unknown sampling law 'never'; choose one of sorted_genes"),
+        ("finetune.rule=best", "finetune.rule is 'best'; choose one of latency_budget"),
+        ("finetune.rule=latency_budget", "needs finetune.latency_budget_ms"),
+        ("train.epochs=-1", "epochs must be finite and at least 0, got -1"),
+        ("train.schedule=linear", "schedule must be cosine or step"),
+        ("latency.dtype=int8", "dtype must be one of"),
+        ("latency.image_size=[1,2,3]", r"must be \[height, width\]"),
+        ("data.verify=maybe", "data.verify is 'maybe'"),
+        ("init=/no/such/file.pth", "there is no such file; use shipped, scratch, or the path"),
+        ("device=gpu", "device=gpu"),
+        ("cluster.num_workers=0", "cluster.num_workers must be at least 1"),
+        ("search.num_evaluations=0", "search.num_evaluations must be at least 1"),
+        ("search.objectives=[{name:speed,direction:maximize}]", "an objective of the search is 'speed'"),
+        ("search.objectives=[{name:mask_ap,direction:up}]", "must be maximize or minimize, got 'up'"),
+        ("search.constraints=[{name:watts,upper:3}]", "a constraint of the search is 'watts'"),
+    ],
+)
+def test_bad_value_names_value_bound_and_remedy(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build.check(composed(override))
+
+
+def test_fractions_of_an_epoch_become_steps() -> None:
+    config = composed("adapt.epochs=0.5", "adapt.batch_size=4")
+    assert build.training(config.adapt, num_images=30).num_steps == 4
+
+
+def test_content_key_changes_with_any_value() -> None:
+    base = {"a": 1, "b": [1, 2]}
+    assert content_key(base) == content_key({"b": [1, 2], "a": 1})
+    assert (
+        len({content_key(base), content_key({"a": 1, "b": [2, 1]}), content_key({"a": 2, "b": [1, 2]})}) == 3
+    )
+
+
+def test_users_data_is_found_by_its_root_alone(tmp_path: Path) -> None:
+    from sparsevit.data.shapes import ShapesConfig, write_shapes
+
+    write_shapes(tmp_path / "mine", ShapesConfig(image_size=64, num_images={"train2017": 20, "val2017": 5}))
+    (tmp_path / "mine" / "provenance.json").unlink()
+    config = composed(f"data.root={tmp_path / 'mine'}", "data.num_search=4")
+    train, search, report = build.data_splits(config, lambda: None)
+    assert (len(train), len(search), len(report)) == (16, 4, 5)
+    assert not set(train.image_ids) & set(search.image_ids)
+    assert report.split == "val2017"

@@ -1,0 +1,126 @@
+"""The whole way on a dozen small images: end to end, again, killed, and with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.run import run_pipeline
+from sparsevit import load_exported
+from tests.pipelines_tests.configuration import composed, tiny_run
+
+ROOT = Path(__file__).parent.parent.parent
+STAGES = ("train", "adapt", "calibrate", "search", "finetune", "report")
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "pipelines" / "run.py"),
+        "+experiment=coco",
+        *tiny_run(folder, *overrides),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, by the command line."""
+    folder = tmp_path_factory.mktemp("run")
+    result = subprocess.run(command(folder), cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+def test_prints_what_a_user_needs(finished: Path) -> None:
+    printed = (finished / "stdout.txt").read_text()
+    for column in ("vector", "predicted ms", "measured ms", "speed-up", "mask_ap before", "mask_ap after"):
+        assert column in printed
+    assert "mlflow ui --backend-store-uri sqlite:///" in printed
+    report = next(line.split()[-1] for line in printed.splitlines() if line.startswith("report:"))
+    assert (finished / report).is_file()
+
+
+def test_every_stage_left_its_result(finished: Path) -> None:
+    found = {path.parent.name.split("-")[0] for path in (finished / "out").glob("coco/stages/*/result.json")}
+    assert found == set(STAGES)
+    front = json.loads(next((finished / "out").glob("coco/stages/report-*/front.json")).read_text())
+    assert front["members"]
+    assert all(member["latency_ms"] > 0 for member in front["members"])
+
+
+def test_export_loads_and_predicts(finished: Path) -> None:
+    folder = next((finished / "out").glob("coco/stages/report-*/export"))
+    model = load_exported(folder)
+    assert model.config["classes"] == ["disc", "square", "triangle"]
+    assert len(model.sparsity) == 5
+    with torch.inference_mode():
+        assert "masks" in model([torch.rand(3, 64, 64)])[0]
+
+
+def test_again_is_skipped_and_other_choices_share_stages(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    again = run_pipeline(composed(*tiny_run(finished)))
+    assert all(result.was_reused for result in again.values())
+    other = run_pipeline(composed(*tiny_run(finished, "sampler=random", "tracking=none")))
+    reused = {name for name, result in other.items() if result.was_reused}
+    assert reused == {"train", "adapt", "calibrate"}
+    rule = run_pipeline(
+        composed(*tiny_run(finished, "finetune.rule=knee", "tracking=none", "until=finetune"))
+    )
+    assert {name for name, result in rule.items() if not result.was_reused} == {"finetune"}
+
+
+def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no sparsity vector has latency_ms .* reachable is .*\(dense\)"):
+        run_pipeline(composed(*tiny_run(tmp_path, "search.latency_budget_ms=0.001", "tracking=none")))
+    assert not list((tmp_path / "out").glob("coco/stages/train-*/result.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+experiment=nothing"], "Could not find 'experiment/nothing'\n\nAvailable options in 'experiment':\n\tcoco"),
+        ([], "choose an experiment: +experiment=coco"),
+        (["+experiment=coco", "sampler=x"], "Available options in 'sampler':\n\tnsga2"),
+        (["+experiment=coco", "train.epochz=1"], "valid keys here: epochs, batch_size"),
+        (["+experiment=coco", "train.epochs=many"], "'many' of type 'str' could not be converted to Float"),
+        (["+experiment=coco", "data.root=/no/such/folder", "data.shapes=null"], "is not a folder: set data.root"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_exit_status_2_and_a_message(tmp_path: Path, overrides: list[str], message: str) -> None:
+    arguments = [sys.executable, str(ROOT / "pipelines" / "run.py"), *overrides]
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) -> None:
+    """kill -9 as soon as each stage has begun; at last the run ends with a complete result."""
+    for stage in STAGES:
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(command(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
+            deadline = time.monotonic() + 120
+            while not list((tmp_path / "out").glob(f"coco/stages/{stage}-*")):
+                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(1.0 if stage != "search" else 8.0)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    result = subprocess.run(command(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = {path.parent.name.split("-")[0] for path in (tmp_path / "out").glob("coco/stages/*/result.json")}
+    assert found == set(STAGES)
+    search = json.loads(next((tmp_path / "out").glob("coco/stages/search-*/result.json")).read_text())
+    assert search["metrics"]["num_evaluations"] == 6
+    assert "Pareto front" in result.stdout

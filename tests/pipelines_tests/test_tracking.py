@@ -1,0 +1,118 @@
+"""The outbox: nothing is lost when the server is down, nothing is sent twice."""
+
+import json
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipelines.tracking import PARENT, Tracker
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def tracker_at(folder: Path, uri: str) -> Tracker:
+    return Tracker(folder / "run", uri=uri, artifact_root=folder / "artifacts", experiment="test")
+
+
+def log_something(tracker: Tracker, folder: Path) -> None:
+    (folder / "front.json").write_text("{}")
+    tracker.start(PARENT, "coco", params={"seed": 0})
+    tracker.start("search", "search", parent=PARENT)
+    tracker.log_metrics("search", {"hypervolume": 0.5}, step=3)
+    tracker.start("trial-0", "trial 0", parent="search", params={"vector": "[0 0]"})
+    tracker.end("trial-0")
+    tracker.log_artifact("search", folder / "front.json")
+    tracker.end("search", is_success=False)
+
+
+def runs_of(uri: str) -> dict[str, dict[str, object]]:
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {
+        run.info.run_name: {
+            "id": run.info.run_id,
+            "parent": run.data.tags.get("mlflow.parentRunId"),
+            "status": run.info.status,
+            "metrics": run.data.metrics,
+            "params": run.data.params,
+            "artifacts": [file.path for file in client.list_artifacts(run.info.run_id)],
+        }
+        for run in found
+    }
+
+
+def check(uri: str) -> None:
+    runs = runs_of(uri)
+    assert set(runs) == {"coco", "search", "trial 0"}
+    assert runs["search"]["parent"] == runs["coco"]["id"]
+    assert runs["trial 0"]["parent"] == runs["search"]["id"]
+    assert runs["search"]["metrics"] == {"hypervolume": 0.5}
+    assert runs["search"]["status"] == "FAILED"
+    assert runs["search"]["artifacts"] == ["front.json"]
+    assert runs["trial 0"]["params"] == {"vector": "[0 0]"}
+
+
+def test_nested_runs_reach_a_local_store(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = tracker_at(tmp_path, uri)
+    log_something(tracker, tmp_path)
+    tracker.close()
+    assert tracker.num_unsent == 0
+    check(uri)
+
+
+def test_a_later_process_goes_on_and_sends_nothing_twice(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    first = tracker_at(tmp_path, uri)
+    first.start(PARENT, "coco", params={"seed": 0})
+    first.close()
+    second = tracker_at(tmp_path, uri)
+    log_something(second, tmp_path)
+    second.close()
+    third = tracker_at(tmp_path, uri)
+    assert third.num_unsent == 0
+    third.close()
+    check(uri)
+
+
+def test_server_that_is_down_costs_a_warning_and_no_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = tracker_at(tmp_path, f"http://127.0.0.1:{free_port()}")
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        log_something(tracker, tmp_path)
+        tracker.flush()
+        tracker.flush()
+    warnings = [record for record in caplog.records if "cannot be reached" in record.message]
+    assert len(warnings) == 1
+    tracker.close()
+    assert tracker.num_unsent == 7
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    back = tracker_at(tmp_path, uri)
+    assert back.num_unsent == 7
+    back.close()
+    check(uri)
+
+
+def test_torn_outbox_line_is_cut_off(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = tracker_at(tmp_path, uri)
+    tracker.start(PARENT, "coco")
+    outbox = tmp_path / "run" / "tracking.jsonl"
+    with outbox.open("a") as file:
+        file.write('{"op": "metr')
+    reopened = tracker_at(tmp_path, uri)
+    assert reopened.num_unsent == 1
+    reopened.end(PARENT)
+    assert [json.loads(line)["op"] for line in outbox.read_text().splitlines()] == ["start", "end"]
