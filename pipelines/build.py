@@ -19,7 +19,7 @@ from sparsevit.data.coco import CocoInstances, locate_split
 from sparsevit.data.errors import DataError
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.latency.calibration import CalibrationConfig
-from sparsevit.sparsity import SparsitySpace
+from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task, create_task
 from sparsevit.training import TrainingConfig
 
@@ -47,6 +47,7 @@ def check(config: ConfigSchema) -> None:
     _one_of("sampler.name", config.sampler.name, SAMPLERS)
     _one_of("finetune.rule", config.finetune.rule, RULES)
     _one_of("data.verify", config.data.verify, ("decode", "header", "none"))
+    finetuned_vector(config)
     if config.finetune.rule == "latency_budget" and config.finetune.latency_budget_ms is None:
         raise ConfigurationError("finetune.rule=latency_budget needs finetune.latency_budget_ms")
     for objective in objectives(config):
@@ -77,6 +78,13 @@ def device(config: ConfigSchema) -> torch.device:
     return chosen
 
 
+def finetuned_vector(config: ConfigSchema) -> SparsityVector | None:
+    """The vector that the user wants finetuned, if any."""
+    if config.finetune.vector is None:
+        return None
+    return space(config).validate(SparsityVector(tuple(config.finetune.vector)))
+
+
 def initial_weights(config: ConfigSchema) -> Path | None:
     """The file that training starts from; None for scratch."""
     if config.init == "scratch":
@@ -85,7 +93,7 @@ def initial_weights(config: ConfigSchema) -> Path | None:
         path = Path(config.init)
         if not path.is_file():
             raise ConfigurationError(
-                f"init={config.init}: there is no such file; use shipped, scratch, or the path of a checkpoint"
+                f"init={config.init}: no such file; use shipped, scratch, or the path of a checkpoint"
             )
         return path
     path = SHIPPED_WEIGHTS / f"{config.experiment}_{config.scale}.safetensors"
@@ -116,7 +124,7 @@ def task(config: ConfigSchema, num_classes: int) -> Task:
 def training(stage: TrainingSchema, num_images: int) -> TrainingConfig:
     """Epochs over `num_images` become steps."""
     fields = plain(stage)
-    for name in ("law", "rule", "max_accuracy_drop", "latency_budget_ms"):
+    for name in ("law", "rule", "vector", "max_accuracy_drop", "latency_budget_ms"):
         fields.pop(name, None)
     epochs = fields.pop("epochs")
     if epochs < 0 or not math.isfinite(epochs):
@@ -186,7 +194,7 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, Coc
     """
     root = Path(config.data.root)
     shapes = config.data.shapes
-    if shapes is not None and (not root.exists() or (root / "provenance.json").is_file()):
+    if shapes is not None and root == Path(shapes.root):
         write_shapes(root, shapes_config(config), on_image)
     train = CocoInstances(root, config.data.train or _find_split(root, "train"))
     report = CocoInstances(root, config.data.val or _find_split(root, "report", "val"))
@@ -212,7 +220,9 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, Coc
 
 def shapes_config(config: ConfigSchema) -> ShapesConfig:
     assert config.data.shapes is not None
-    return ShapesConfig(**plain(config.data.shapes))
+    fields = plain(config.data.shapes)
+    fields.pop("root")
+    return ShapesConfig(**fields)
 
 
 def plain(node: Any) -> dict[str, Any]:

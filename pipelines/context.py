@@ -122,7 +122,6 @@ class Run:
             unit=unit,
             initial=initial,
             leave=False,
-            delay=1,
             dynamic_ncols=True,
         ) as bar:
 

@@ -37,7 +37,10 @@ def write_plots(
         for key, value in header.items()
     )
     rows = table.to_html(index=False, float_format="{:.3f}".format, na_rep="")
-    style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left}"
+    style = (
+        "body{font-family:sans-serif;margin:2em} table{border-collapse:collapse} "
+        "td,th{padding:.2em .8em;text-align:left}"
+    )
     write_text(
         folder / HTML_FILE,
         f"<!doctype html><meta charset='utf-8'><title>SparseViT report</title><style>{style}</style>"

@@ -25,9 +25,9 @@ from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
 from pipelines.stages.search import Search
 from pipelines.stages.train import Train
 from pipelines.tracking import PARENT, NoTracker, Tracker
-from search.objectives import Admission
+from search.objectives import Admission, Constraint
 from sparsevit import __version__
-from sparsevit.data.errors import DataError
+from sparsevit.latency import LatencyPredictor
 
 STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
 EXIT_BAD_INPUT = 2
@@ -156,16 +156,17 @@ def _run_stage(run: Run, stage: Stage, key: str, num_stages: int) -> StageResult
 
 def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
     """Fail as soon as the device is known, if no vector can meet the budget."""
-    from sparsevit.latency import LatencyPredictor
-
     predictor = LatencyPredictor.load(calibration.folder / PREDICTOR_FILE)
     bounds = [bound for bound in build.constraints(run.config) if bound.name == "latency_ms"]
+    if run.config.finetune.latency_budget_ms is not None:
+        bounds.append(Constraint("latency_ms", upper=run.config.finetune.latency_budget_ms))
     Admission({"latency_ms": predictor.predict}, bounds).require_feasible(run.space)
 
 
 def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[Stage]:
     """Calibration comes first where a latency budget is set: one that nothing meets fails at once."""
-    has_budget = config.search.latency_budget_ms is not None or bool(config.search.constraints)
+    budgets = (config.search.latency_budget_ms, config.finetune.latency_budget_ms)
+    has_budget = any(budget is not None for budget in budgets) or bool(config.search.constraints)
     return sorted(stages, key=lambda stage: has_budget and stage.name != "calibrate")
 
 
@@ -211,8 +212,22 @@ def main() -> None:
         _exit(f"{error.full_key or error} has no value: set it on the command line")
     except (HydraException, OmegaConfBaseException) as error:
         _exit(_explain(error))
-    except (ValueError, DataError) as error:
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
         _exit(str(error))
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it: then it is about the user's input, and worded for the user."""
+    traceback = error.__traceback__
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raised_in = Path(traceback.tb_frame.f_code.co_filename).resolve()
+    return any(
+        raised_in.is_relative_to(CONF.parent / package) for package in ("sparsevit", "search", "pipelines")
+    )
 
 
 def _exit(message: str) -> None:

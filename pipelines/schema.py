@@ -27,8 +27,9 @@ class TaskSchema:
 
 @dataclass
 class ShapesSchema:
-    """The generated data set; used where `data.root` holds no data of the user's."""
+    """The generated data set, used where `data.root` is its `root`."""
 
+    root: str = MISSING
     image_size: int = MISSING
     num_images: dict[str, int] = MISSING
     seed: int = 0
@@ -77,9 +78,13 @@ class AdaptSchema(TrainingSchema):
 
 @dataclass
 class FinetuneSchema(TrainingSchema):
-    """`rule` chooses the front member: ``latency_budget``, ``accuracy_drop`` or ``knee``."""
+    """`rule` chooses the front member: ``latency_budget``, ``accuracy_drop`` or ``knee``.
+
+    A `vector` is finetuned instead, if one is given.
+    """
 
     rule: str = MISSING
+    vector: list[float] | None = None
     max_accuracy_drop: float = MISSING
     latency_budget_ms: float | None = None
 

@@ -76,7 +76,7 @@ def requeue_interrupted(study: Study, space: SparsitySpace) -> int:
 def enqueue(study: Study, vectors: Sequence[SparsityVector], space: SparsitySpace) -> None:
     """Put vectors that the study has not seen at the head of the search."""
     seen = seen_vectors(study, space)
-    for vector in vectors:
+    for vector in dict.fromkeys(vectors):
         if vector not in seen:
             study.enqueue_trial(encode(vector, space))
 

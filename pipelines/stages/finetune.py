@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
+from pipelines import build
 from pipelines.artifacts import write_json
 from pipelines.context import Run
-from pipelines.stages.search import FRONT_FILE
+from pipelines.stages.search import FRONT_FILE, cheap_quantities
 from pipelines.stages.training import train_stage, training_key
+from search.objectives import Admission
 from search.pareto import FrontMember
 from search.selection import Rule, choose
 from sparsevit.sparsity import SparsityVector
@@ -28,20 +32,12 @@ class Finetune:
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = run.config.finetune
         metric = run.task.metric
-        chosen = choose(
-            front_members(run),
-            cast(Rule, config.rule),
-            accuracy=metric,
-            latency="latency_ms",
-            dense_accuracy=run.results["adapt"].metrics[f"search_{metric}"],
-            max_accuracy_drop=config.max_accuracy_drop,
-            latency_budget_ms=config.latency_budget_ms,
-        )
-        write_json(
-            folder / CHOICE_FILE,
-            {"rule": config.rule, "vector": list(chosen.vector.ratios), **chosen.values},
-        )
         model = run.model_of("adapt")
+        chosen = self._choose(run, model)
+        rule = config.rule if config.vector is None else "given"
+        write_json(
+            folder / CHOICE_FILE, {"rule": rule, "vector": list(chosen.vector.ratios), **chosen.values}
+        )
         num_steps = train_stage(run, self.name, model, config, folder, lambda generator: chosen.vector)
         after = run.evaluate(model, run.search_set, chosen.vector, "finetune: accuracy")
         return {
@@ -51,6 +47,19 @@ class Finetune:
             f"search_{metric}": after[metric],
         }
 
+    def _choose(self, run: Run, model: nn.Module) -> FrontMember:
+        config, metric = run.config.finetune, run.task.metric
+        given = build.finetuned_vector(run.config)
+        if given is not None:
+            scores = run.evaluate(model, run.search_set, given, "finetune: accuracy before")
+            return FrontMember(given, {**scores, **Admission(cheap_quantities(run)).measure(given)})
+        return choose(
+            front_members(run), cast(Rule, config.rule),
+            accuracy=metric, latency="latency_ms",
+            dense_accuracy=run.results["adapt"].metrics[f"search_{metric}"],
+            max_accuracy_drop=config.max_accuracy_drop, latency_budget_ms=config.latency_budget_ms,
+        )  # fmt: skip
+
 
 def front_members(run: Run) -> list[FrontMember]:
     """The front that the search left, fastest first."""
@@ -58,6 +67,8 @@ def front_members(run: Run) -> list[FrontMember]:
     return [FrontMember(SparsityVector(tuple(entry.pop("vector"))), entry) for entry in content["members"]]
 
 
-def chosen_vector(run: Run) -> SparsityVector:
+def chosen_member(run: Run) -> FrontMember:
+    """The member that was finetuned, with its values before that."""
     content = json.loads((run.results["finetune"].folder / CHOICE_FILE).read_text())
-    return SparsityVector(tuple(content["vector"]))
+    del content["rule"]
+    return FrontMember(SparsityVector(tuple(content.pop("vector"))), content)

@@ -13,7 +13,7 @@ from pipelines import build
 from pipelines.artifacts import write_json, write_text
 from pipelines.context import Run
 from pipelines.plots import write_plots
-from pipelines.stages.finetune import chosen_vector, front_members
+from pipelines.stages.finetune import chosen_member, front_members
 from pipelines.stages.search import STUDY_FILE, cheap_quantities, front_of, hypervolume_reference
 from search.objectives import Objective
 from search.pareto import FrontMember, ParetoFront
@@ -43,8 +43,11 @@ class Report:
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         metric = run.task.metric
-        chosen = chosen_vector(run)
+        chosen_one = chosen_member(run)
+        chosen = chosen_one.vector
         members = _thin(front_members(run), chosen, run.config.report.max_members)
+        if chosen not in [member.vector for member in members]:  # the user's own
+            members.append(chosen_one)
         scores = _score(run, folder, [member.vector for member in members])
         finetuned = run.model_of("finetune")
         after = run.evaluate(finetuned, run.report_set, chosen, "report: the finetuned subnet")[metric]

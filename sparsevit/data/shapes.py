@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from sparsevit.data.errors import DataError
+
 CLASSES = ("disc", "square", "triangle")
 PATTERNS = ("rings", "checks", "stripes")
 """Texture of every class: shape and texture tell the classes apart, as they do in photos."""
@@ -52,8 +54,8 @@ def write_shapes(root: Path, config: ShapesConfig, on_image: Callable[[], None] 
     if marker.is_file() and json.loads(marker.read_text()) == json.loads(json.dumps(provenance)):
         return
     if root.exists() and not marker.is_file():
-        raise FileExistsError(
-            f"{root} exists and was not written by the shapes generator: choose another data.root"
+        raise DataError(
+            f"{root} exists and was not written by the shapes generator: choose another data.shapes.root"
         )
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -65,6 +65,11 @@ def calibrate(
     latencies, noise = measure_ms(backbone, [*design, *held_out], config, on_call)
     fitted, unseen = latencies[: len(design)], latencies[len(design) :]
     predictor = LatencyPredictor.fit(space, design, fitted, describe_setting(name, config, device))
+    if predictor.predict(space.sparsest) <= 0:
+        raise ValueError(
+            f"the measurements contradict each other (a median varies by {noise:.0%}): the machine is busy "
+            "with something else; calibrate again when it is idle, or raise latency.num_rounds"
+        )
     scores = score_predictions([predictor.predict(vector) for vector in held_out], unseen)
     macs = [count_macs(backbone.config, config.image_size, vector) for vector in (*design, *held_out)]
     intercept, slope = fit_line(macs[: len(design)], fitted)

@@ -20,7 +20,7 @@ def tiny_run(folder: Path, *overrides: str) -> list[str]:
     """Overrides that shrink the COCO experiment to seconds: the real stages on a dozen small images."""
     return [
         f"output={folder / 'out'}",
-        f"data.root={folder / 'data'}",
+        f"data.shapes.root={folder / 'data'}",
         "data.shapes.num_images={train:12,search:6,report:6}",
         "data.shapes.image_size=64",
         "task.image_size=64",

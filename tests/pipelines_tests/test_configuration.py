@@ -100,7 +100,7 @@ def test_full_scale_steps_on_a_few_images() -> None:
         ("latency.dtype=int8", "dtype must be one of"),
         ("latency.image_size=[1,2,3]", r"must be \[height, width\]"),
         ("data.verify=maybe", "data.verify is 'maybe'"),
-        ("init=/no/such/file.pth", "there is no such file; use shipped, scratch, or the path"),
+        ("init=/no/such/file.pth", "no such file; use shipped, scratch, or the path"),
         ("device=gpu", "device=gpu"),
         ("cluster.num_workers=0", "cluster.num_workers must be at least 1"),
         ("search.num_evaluations=0", "search.num_evaluations must be at least 1"),

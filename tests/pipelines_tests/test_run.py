@@ -87,12 +87,15 @@ def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+experiment=nothing"], "Could not find 'experiment/nothing'\n\nAvailable options in 'experiment':\n\tcoco"),
+        (["+experiment=nothing"], "Available options in 'experiment':\n\tcoco"),
         ([], "choose an experiment: +experiment=coco"),
         (["+experiment=coco", "sampler=x"], "Available options in 'sampler':\n\tnsga2"),
         (["+experiment=coco", "train.epochz=1"], "valid keys here: epochs, batch_size"),
         (["+experiment=coco", "train.epochs=many"], "'many' of type 'str' could not be converted to Float"),
-        (["+experiment=coco", "data.root=/no/such/folder", "data.shapes=null"], "is not a folder: set data.root"),
+        (["+experiment=coco", "data.root=/no/such/folder"], "is not a folder: set data.root"),
+        (["+experiment=coco", "finetune.vector=[0.1,0.2]"], "has 2 ratios, but depths [2, 2, 4, 2] need 5"),
+        (["+experiment=coco", "finetune.vector=[0.1,0.2,0.5,0.3,0]"], "may not decrease inside a stage"),
+        (["+experiment=coco", "finetune.vector=[0.1,1.2,0.5,0.5,0]"], "ratios lie in [0, 1)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_exit_status_2_and_a_message(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -77,7 +77,7 @@ def test_shapes_are_not_written_twice_nor_over_other_data(shapes: Path, tmp_path
     write_shapes(shapes, SMALL)
     assert before == {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="was not written by the shapes generator"):
+    with pytest.raises(DataError, match="was not written by the shapes generator"):
         write_shapes(tmp_path / "mine", SMALL)
 
 
