@@ -55,11 +55,12 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     run.tracker = _tracker(config, run_folder)
     if any(run.store.find(stage.name, keys[stage.name]) is None for stage in stages):
         verify_images(run)
-    run.tracker.start(PARENT, config.experiment, params=build.flat(config))
+    is_new = run.tracker.start(PARENT, config.experiment, params=build.flat(config))
     try:
         for stage in _in_order(stages, config):
-            run.results[stage.name] = _run_stage(run, stage, keys[stage.name], len(stages))
-        run.tracker.end(PARENT)
+            run.results[stage.name] = _run_stage(run, stage, keys[stage.name])
+        if is_new or not all(result.was_reused for result in run.results.values()):
+            run.tracker.end(PARENT)
     except BaseException:
         run.tracker.end(PARENT, is_success=False)
         raise
@@ -127,7 +128,7 @@ def print_summary(run: Run, seconds: float) -> None:
     print(f"finished in {seconds:.0f} s")
 
 
-def _run_stage(run: Run, stage: Stage, key: str, num_stages: int) -> StageResult:
+def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
     number = [each.name for each in STAGES].index(stage.name) + 1
     label = f"[{number}/{len(STAGES)}] {stage.name}"
     if run.store.find(stage.name, key) is None:
