@@ -60,6 +60,19 @@ def check(config: ConfigSchema) -> None:
             f"search.num_evaluations must be at least 1 and sampler.population_size at least 2, got "
             f"{config.search.num_evaluations} and {config.sampler.population_size}"
         )
+    for name, value in (
+        ("search.batch_size", config.search.batch_size),
+        ("search.num_images", config.search.num_images),
+        ("report.num_rounds", config.report.num_rounds),
+        ("report.max_members", config.report.max_members),
+        ("data.limit", config.data.limit),
+    ):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+    if config.backbone.choices[0] != 0:
+        raise ConfigurationError(
+            f"backbone.choices must begin with 0, the dense model, got {list(config.backbone.choices)}"
+        )
     initial_weights(config)
     device(config)
 
@@ -149,6 +162,8 @@ def engine(config: ConfigSchema) -> EngineConfig:
             f"cluster.num_workers must be at least 1 and cluster.num_retries at least 0, got "
             f"{fields['num_workers']} and {fields['num_retries']}"
         )
+    if fields["gpus_per_worker"] == 0 and device(config).type == "cuda":
+        fields["gpus_per_worker"] = 1 / fields["num_workers"]
     return EngineConfig(**fields)
 
 
@@ -193,15 +208,12 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, Coc
         DataError: if the user's data cannot be used.
     """
     root = Path(config.data.root)
-    shapes = config.data.shapes
-    if shapes is not None and root == Path(shapes.root):
+    if is_generated(config):
         write_shapes(root, shapes_config(config), on_image)
     train = CocoInstances(root, config.data.train or _find_split(root, "train"))
     report = CocoInstances(root, config.data.val or _find_split(root, "report", "val"))
     search_split = config.data.search or _find_split(root, "search", is_optional=True)
     if config.data.limit is not None:
-        if config.data.limit < 1:
-            raise DataError(f"data.limit must be at least 1, got {config.data.limit}")
         train, report = (split.subset(split.image_ids[: config.data.limit]) for split in (train, report))
     if search_split is None:
         train, search = train.hold_out(config.data.num_search, config.seed)
@@ -216,6 +228,12 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, Coc
                 f"{train.split!r} ({len(train.class_names)})"
             )
     return train, search, report
+
+
+def is_generated(config: ConfigSchema) -> bool:
+    """Whether the data is the project's own, not the user's."""
+    shapes = config.data.shapes
+    return shapes is not None and Path(config.data.root) == Path(shapes.root)
 
 
 def shapes_config(config: ConfigSchema) -> ShapesConfig:

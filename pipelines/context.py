@@ -65,7 +65,7 @@ class Run:
     def splits(self) -> tuple[CocoInstances, CocoInstances, CocoInstances]:
         with self.progress(None, "write the generated data") as advance:
             splits = build.data_splits(self.config, advance)
-        num_dropped = splits[0].num_dropped + splits[2].num_dropped
+        num_dropped = sum({split.annotation_file: split.num_dropped for split in splits}.values())
         if num_dropped:
             logger.info("dropped %d annotations whose box or mask has no area", num_dropped)
         return splits

@@ -38,9 +38,10 @@ class SupernetEvaluatorFactory:
         model.load_state_dict(dict(self.weights))
         model.eval().to(device)
         dataset = CocoInstances(self.data_root, self.split, image_ids=self.image_ids)
+        all_images = dataset.image_ids
 
         def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:
-            images = dataset if budget is None else dataset.subset(dataset.image_ids[:budget])
-            return task.evaluate(model, images, vector, batch_size=self.batch_size, device=device)
+            dataset.image_ids = all_images[:budget]
+            return task.evaluate(model, dataset, vector, batch_size=self.batch_size, device=device)
 
         return evaluate

@@ -19,15 +19,14 @@ from pipelines.artifacts import ArtifactStore, StageResult, content_key, write_t
 from pipelines.context import Run, Stage
 from pipelines.plots import HTML_FILE
 from pipelines.stages.adapt import Adapt
-from pipelines.stages.calibrate import PREDICTOR_FILE, Calibrate
+from pipelines.stages.calibrate import Calibrate
 from pipelines.stages.finetune import Finetune
 from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
-from pipelines.stages.search import Search
+from pipelines.stages.search import Search, cheap_quantities
 from pipelines.stages.train import Train
 from pipelines.tracking import PARENT, NoTracker, Tracker
 from search.objectives import Admission, Constraint
 from sparsevit import __version__
-from sparsevit.latency import LatencyPredictor
 
 STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
 EXIT_BAD_INPUT = 2
@@ -49,17 +48,18 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     output = Path(config.output) / config.experiment
     run = Run(config, ArtifactStore(output / "stages"), NoTracker())
     keys = stage_keys(run, stages)
-    run_folder = output / "runs" / keys[stages[-1].name]
+    run_folder = output / "runs" / content_key(keys)
     run_folder.mkdir(parents=True, exist_ok=True)
     write_text(run_folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     run.tracker = _tracker(config, run_folder)
     if any(run.store.find(stage.name, keys[stage.name]) is None for stage in stages):
+        run.build_model(build.initial_weights(config))  # a checkpoint that does not fit fails here
         verify_images(run)
-    is_new = run.tracker.start(PARENT, config.experiment, params=build.flat(config))
+    run.tracker.start(PARENT, config.experiment, params=build.flat(config))
     try:
         for stage in _in_order(stages, config):
             run.results[stage.name] = _run_stage(run, stage, keys[stage.name])
-        if is_new or not all(result.was_reused for result in run.results.values()):
+        if not run.tracker.is_ended(PARENT):
             run.tracker.end(PARENT)
     except BaseException:
         run.tracker.end(PARENT, is_success=False)
@@ -133,7 +133,7 @@ def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
     label = f"[{number}/{len(STAGES)}] {stage.name}"
     if run.store.find(stage.name, key) is None:
         logger.info("%s …", label)
-    is_new = run.tracker.start(stage.name, stage.name, parent=PARENT, params={"key": key})
+    run.tracker.start(stage.name, stage.name, parent=PARENT, params={"key": key})
     depends_on = stage.depends_on(run)
     try:
         result = run.store.run(stage.name, key, depends_on, lambda folder: stage.execute(run, folder))
@@ -143,7 +143,7 @@ def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     how = "skipped, finished before" if result.was_reused else f"done in {result.seconds:.0f} s"
     logger.info("%s: %s (%s)", label, how, figures)
-    if is_new or not result.was_reused:
+    if not run.tracker.is_ended(stage.name):
         run.tracker.log_metrics(stage.name, {**result.metrics, "seconds": result.seconds})
         for path in sorted(result.folder.iterdir()):
             if path.suffix in (".json", ".html", ".png", ".csv"):
@@ -157,11 +157,10 @@ def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
 
 def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
     """Fail as soon as the device is known, if no vector can meet the budget."""
-    predictor = LatencyPredictor.load(calibration.folder / PREDICTOR_FILE)
-    bounds = [bound for bound in build.constraints(run.config) if bound.name == "latency_ms"]
+    bounds = build.constraints(run.config)
     if run.config.finetune.latency_budget_ms is not None:
         bounds.append(Constraint("latency_ms", upper=run.config.finetune.latency_budget_ms))
-    Admission({"latency_ms": predictor.predict}, bounds).require_feasible(run.space)
+    Admission(cheap_quantities(run, calibration.folder), bounds).require_feasible(run.space)
 
 
 def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[Stage]:
@@ -207,6 +206,10 @@ def main() -> None:
     """Run, and turn bad input into a message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     schema.register()
+    for flag in [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]:
+        # argparse takes overrides on one side of a flag only
+        sys.argv.remove(flag)
+        sys.argv.append(flag)
     try:
         _main()
     except MissingMandatoryValue as error:

@@ -40,6 +40,9 @@ class Tracker:
         self._sent_file = folder / "tracking.sent.json"
         self._events = _read_events(self._outbox)
         self._started = {event["key"] for event in self._events if event["op"] == "start"}
+        self._ended = {
+            event["key"] for event in self._events if event["op"] == "end" and event["status"] == "FINISHED"
+        }
         sent = json.loads(self._sent_file.read_text()) if self._sent_file.is_file() else {}
         self._num_sent: int = sent.get("num_sent", 0)
         self._run_ids: dict[str, str] = sent.get("run_ids", {})
@@ -67,6 +70,8 @@ class Tracker:
         self._append("artifact", key, path=str(path.resolve()))
 
     def end(self, key: str, *, is_success: bool = True) -> None:
+        if is_success:
+            self._ended.add(key)
         self._append("end", key, status="FINISHED" if is_success else "FAILED")
 
     def flush(self) -> None:
@@ -75,8 +80,11 @@ class Tracker:
             return
         try:
             while self._num_sent < len(self._events):
-                self._send(self._events[self._num_sent])
+                event = self._events[self._num_sent]
+                self._send(event)
                 self._num_sent += 1
+                if event["op"] == "start":  # so that a kill does not create a run twice
+                    self._save_position()
         except Exception as error:  # noqa: BLE001  (MLflow raises whatever its transport raises)
             self._is_offline = True
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -86,12 +94,19 @@ class Tracker:
                 self._uri, reason, self.num_unsent, self._outbox,
             )  # fmt: skip
         finally:
-            write_json(self._sent_file, {"num_sent": self._num_sent, "run_ids": self._run_ids})
+            self._save_position()
 
     def close(self) -> None:
         """Try once more to send everything."""
         self._is_offline = False
         self.flush()
+
+    def is_ended(self, key: str) -> bool:
+        """Whether a run was logged to its end by this process or an earlier one."""
+        return key in self._ended
+
+    def _save_position(self) -> None:
+        write_json(self._sent_file, {"num_sent": self._num_sent, "run_ids": self._run_ids})
 
     def _append(self, op: str, key: str, **fields: Any) -> None:
         event = {"op": op, "key": key, "time_ms": int(1000 * time.time()), **fields}
@@ -166,6 +181,9 @@ class NoTracker:
 
     def end(self, key: str, *, is_success: bool = True) -> None:
         return None
+
+    def is_ended(self, key: str) -> bool:
+        return True
 
     def flush(self) -> None:
         return None

@@ -23,7 +23,7 @@ def decode(params: Mapping[str, Any], space: SparsitySpace) -> SparsityVector:
 
 def vector_of(trial: FrozenTrial, space: SparsitySpace) -> SparsityVector | None:
     """The vector of a trial; None while its parameters are not all drawn."""
-    params = trial.params or trial.system_attrs.get("fixed_params", {})
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     if any(name not in params for name in space.gene_names):
         return None
     return decode(params, space)

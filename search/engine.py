@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt ends the run, not the search
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -22,7 +23,7 @@ import ray
 from optuna import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray import tune
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.search import Searcher
 
 from search.encoding import decode, distributions
@@ -32,6 +33,7 @@ from search.study import REASON, counted_trials
 from search.variation import SearchExhausted
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
+logger = logging.getLogger(__name__)
 OnTrial = Callable[[FrozenTrial], None]
 
 
@@ -102,14 +104,22 @@ def run_search(
                     storage_path=scratch,
                     verbose=0,
                     failure_config=FailureConfig(max_failures=config.num_retries),
+                    checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
                     callbacks=[_TellLostWorkers(searcher)],
                 ),
             ).fit()
     finally:
         if owns_ray:
             ray.shutdown()
-    if searcher.exhausted is not None and not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-        raise searcher.exhausted
+    if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        if searcher.exhausted is not None:
+            raise searcher.exhausted
+        reasons = {trial.user_attrs[REASON] for trial in counted_trials(study)}
+        raise RuntimeError(f"every evaluation of the search failed: {'; '.join(sorted(reasons))[:500]}")
+    if searcher.exhausted is not None:
+        logger.warning("warning: the search ends early: %s", searcher.exhausted)
+    elif len(counted_trials(study)) < num_evaluations:
+        raise RuntimeError("Ray Tune stopped before the search was finished: run again to go on")
 
 
 def start_ray(config: EngineConfig) -> None:

@@ -97,12 +97,16 @@ class SparsityNSGAIISampler(NSGAIISampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return distributions(self._source.space)
 
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        super().before_trial(study, trial)
+        # Optuna asks for parameters only where some are not fixed, so an enqueued trial would
+        # belong to no generation.
+        self.get_trial_generation(study, trial)
+
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         generation = self.get_trial_generation(study, trial)
-        if "fixed_params" in trial.system_attrs:  # enqueued: its vector is decided
-            return {}
         parents = self.get_parent_population(study, generation)
         if not parents:
             return encode(self._source.random(study), self._source.space)
@@ -132,8 +136,6 @@ class RandomVectorSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if "fixed_params" in trial.system_attrs:
-            return {}
         return encode(self._source.random(study), self._source.space)
 
     def sample_independent(

@@ -1,5 +1,6 @@
 """Choose one member of a front by a stated rule."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from search.pareto import FrontMember
 
+logger = logging.getLogger(__name__)
 Rule = Literal["latency_budget", "accuracy_drop", "knee"]
 RULES: tuple[Rule, ...] = ("latency_budget", "accuracy_drop", "knee")
 
@@ -21,14 +23,14 @@ def choose(
     max_accuracy_drop: float,
     latency_budget_ms: float | None,
 ) -> FrontMember:
-    """The member to finetune.
+    """The member to finetune. Where nothing keeps to the accuracy drop, the most accurate, with a warning.
 
     ``latency_budget`` takes the most accurate within the budget; ``accuracy_drop`` the fastest that
     loses at most `max_accuracy_drop` against dense; ``knee`` the one farthest from the line between
     the front's ends, both axes scaled to [0, 1].
 
     Raises:
-        ValueError: if no member satisfies the rule, naming what the front reaches.
+        ValueError: if no member keeps to the latency budget, naming what the front reaches.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
@@ -49,11 +51,13 @@ def choose(
     floor = dense_accuracy - max_accuracy_drop
     accurate = [member for member in members if member.values[accuracy] >= floor]
     if not accurate:
-        best = max(member.values[accuracy] for member in members)
-        raise ValueError(
-            f"no front member has {accuracy} ≥ {floor:.3f} (dense {dense_accuracy:.3f} less "
-            f"{max_accuracy_drop:g}); the best has {best:.3f}: raise finetune.max_accuracy_drop"
-        )
+        best = max(members, key=lambda member: member.values[accuracy])
+        logger.warning(
+            "warning: no front member has %s ≥ %.3f (dense %.3f less %g); the most accurate, with %.3f, is "
+            "taken: raise finetune.max_accuracy_drop or search longer",
+            accuracy, floor, dense_accuracy, max_accuracy_drop, best.values[accuracy],
+        )  # fmt: skip
+        return best
     return min(accurate, key=lambda member: (member.values[latency], -member.values[accuracy]))
 
 

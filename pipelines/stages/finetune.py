@@ -24,7 +24,7 @@ class Finetune:
     """From the adapted weights, at the chosen vector."""
 
     name = "finetune"
-    needs = ("search", "adapt")
+    needs = ("search", "adapt", "calibrate")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         return training_key(run.config.finetune, run)
@@ -52,7 +52,13 @@ class Finetune:
         given = build.finetuned_vector(run.config)
         if given is not None:
             scores = run.evaluate(model, run.search_set, given, "finetune: accuracy before")
-            return FrontMember(given, {**scores, **Admission(cheap_quantities(run)).measure(given)})
+            return FrontMember(
+                given,
+                {
+                    **scores,
+                    **Admission(cheap_quantities(run, run.results["calibrate"].folder)).measure(given),
+                },
+            )
         return choose(
             front_members(run), cast(Rule, config.rule),
             accuracy=metric, latency="latency_ms",

@@ -123,7 +123,9 @@ def hypervolume_history(run: Run) -> list[float]:
     """Hypervolume of the search front after every evaluation."""
     study = read_study(run.results["search"].folder / STUDY_FILE)
     objectives = build.objectives(run.config)
-    reference = hypervolume_reference(objectives, cheap_quantities(run), run.space)
+    reference = hypervolume_reference(
+        objectives, cheap_quantities(run, run.results["calibrate"].folder), run.space
+    )
     trials = counted_trials(study)
     return [
         front_of(trials[:count], objectives, run.space).hypervolume(reference)

@@ -39,12 +39,14 @@ class Search:
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = run.config.search
         objectives = build.objectives(run.config)
-        admission = Admission(cheap_quantities(run), build.constraints(run.config))
+        admission = Admission(
+            cheap_quantities(run, run.results["calibrate"].folder), build.constraints(run.config)
+        )
         admission.require_feasible(run.space)
         sampler, source = build.sampler(run.config.sampler, run.space, admission, config.seed)
         study = open_study(folder / STUDY_FILE, objectives, sampler)
         requeue_interrupted(study, run.space)
-        if not study.get_trials(deepcopy=False) and run.config.sampler.name == "nsga2":
+        if run.config.sampler.name == "nsga2":  # vectors that an earlier process enqueued are skipped
             first = spread_over(
                 admission.quantities["latency_ms"], run.space, admission.admits, source.rng,
                 num_vectors=run.config.sampler.population_size, num_candidates=2000,
@@ -82,7 +84,7 @@ class Search:
         }
 
     def _factory(self, run: Run) -> SupernetEvaluatorFactory:
-        cluster = run.config.cluster
+        cluster = build.engine(run.config)
         split = run.search_set
         return SupernetEvaluatorFactory(
             backbone=run.config.backbone.name,
@@ -98,9 +100,9 @@ class Search:
         )
 
 
-def cheap_quantities(run: Run) -> dict[str, CheapQuantity]:
+def cheap_quantities(run: Run, calibration: Path) -> dict[str, CheapQuantity]:
     """Predicted latency and MACs (in 10⁹) of a vector, by name."""
-    predictor = LatencyPredictor.load(run.results["calibrate"].folder / PREDICTOR_FILE)
+    predictor = LatencyPredictor.load(calibration / PREDICTOR_FILE)
     height, width = run.config.latency.image_size
     shape = BACKBONES[run.config.backbone.name]
 

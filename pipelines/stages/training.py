@@ -10,7 +10,7 @@ from torch import nn
 from pipelines import build
 from pipelines.context import WEIGHTS_FILE, Run
 from pipelines.schema import TrainingSchema
-from sparsevit.checkpoints import write_weights
+from sparsevit.checkpoints import read_weights, write_weights
 from sparsevit.data.augmentation import instance_augmentation
 from sparsevit.sparsity import SparsityVector
 from sparsevit.training import train
@@ -38,8 +38,15 @@ def train_stage(
     folder: Path,
     draw_vector: Callable[[torch.Generator], SparsityVector | None],
 ) -> int:
-    """Train `model`, write its weights into `folder` and return the number of steps."""
+    """Train `model`, write its weights into `folder` and return the number of steps.
+
+    Weights that a killed process left finished are loaded instead.
+    """
     dataset = run.train_set
+    finished = folder / WEIGHTS_FILE
+    if finished.is_file():
+        model.load_state_dict(read_weights(finished))
+        return build.training(stage, len(dataset)).num_steps
     low, high = run.config.task.scale_range
     dataset.transform = instance_augmentation(run.config.task.image_size, (low, high))
     config = build.training(stage, len(dataset))
@@ -59,6 +66,6 @@ def train_stage(
             draw_vector=draw_vector, seed=run.seed_for(name), checkpoint=checkpoint, on_step=on_step,
         )  # fmt: skip
     dataset.transform = None
-    write_weights(folder / WEIGHTS_FILE, model.state_dict())
+    write_weights(finished, model.state_dict())
     checkpoint.unlink(missing_ok=True)
     return config.num_steps

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,7 +39,7 @@ def read_weights(path: Path) -> Weights:
             f"{path} is not loadable with weights_only=True, or is corrupt: save its state_dict alone, "
             f"best as .safetensors ({str(error).splitlines()[0]})"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise CheckpointError(f"{path} is corrupt or no weight file: {error}") from error
     while isinstance(content, Mapping):
         inner = next((content[key] for key in ("model", "state_dict", "module") if key in content), None)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -150,12 +151,14 @@ def read_annotations(annotation_file: Path, image_folder: Path) -> dict[str, Any
         dataset = json.loads(annotation_file.read_text())
         images, categories = dataset["images"], dataset["categories"]
         annotations = dataset["annotations"]
-        image_ids = _unique_ids(images, "image", annotation_file)
+        _unique_ids(images, "image", annotation_file)
+        _unique_ids(annotations, "annotation", annotation_file)
+        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
         category_ids = _unique_ids(categories, "category", annotation_file)
         for image in images:
             _check_image_record(image, image_folder, annotation_file)
         for annotation in annotations:
-            _check_annotation(annotation, image_ids, category_ids, annotation_file)
+            _check_annotation(annotation, sizes, category_ids, annotation_file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{annotation_file} is not valid JSON: {error}") from error
     except (KeyError, TypeError) as error:
@@ -213,9 +216,12 @@ def _check_image_record(image: dict[str, Any], image_folder: Path, annotation_fi
 
 
 def _check_annotation(
-    annotation: dict[str, Any], image_ids: set[int], category_ids: set[int], annotation_file: Path
+    annotation: dict[str, Any],
+    sizes: dict[int, tuple[int, int]],
+    category_ids: set[int],
+    annotation_file: Path,
 ) -> None:
-    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+    for key, known in (("image_id", sizes.keys()), ("category_id", category_ids)):
         if annotation[key] not in known:
             raise DataError(
                 f"{annotation_file}: annotation {annotation['id']} has the unknown {key} {annotation[key]}"
@@ -224,11 +230,16 @@ def _check_annotation(
     segmentation = annotation["segmentation"]
     polygons = segmentation if isinstance(segmentation, list) else []
     if isinstance(segmentation, dict):
-        segmentation["size"], segmentation["counts"]
-    elif not isinstance(segmentation, list) or any(len(p) < 6 or len(p) % 2 for p in polygons):
+        size = sizes[annotation["image_id"]]
+        if tuple(segmentation["size"]) != size or "counts" not in segmentation:
+            raise DataError(
+                f"{annotation_file}: annotation {annotation['id']} has an RLE mask of size "
+                f"{segmentation['size']}, but its image is {list(size)} (height, width)"
+            )
+    elif not isinstance(segmentation, list) or any(len(p) % 2 for p in polygons):
         raise DataError(
             f"{annotation_file}: annotation {annotation['id']} has a malformed segmentation; a polygon is a "
-            "flat list of at least three x, y pairs"
+            "flat list of x, y pairs"
         )
     if len(annotation["bbox"]) != 4 or not np.isfinite(annotation["bbox"]).all():
         raise DataError(
@@ -238,14 +249,34 @@ def _check_annotation(
 
 
 def _drop_degenerate(dataset: dict[str, Any]) -> int:
-    """Remove boxes and masks of no area in place; return how many were removed."""
+    """Remove boxes and masks of no area in place; return how many were removed.
+
+    Fills in ``iscrowd`` and ``area`` where they are missing: the official evaluation needs them.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
+    for annotation in dataset["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation:
+            annotation["area"] = _mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
     kept = [annotation for annotation in dataset["annotations"] if _has_area(annotation)]
     num_dropped = len(dataset["annotations"]) - len(kept)
     dataset["annotations"] = kept
     return num_dropped
 
 
+def _mask_area(segmentation: Any, height: int, width: int) -> float:
+    polygons = [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else segmentation
+    if not polygons:
+        return 0.0
+    if isinstance(polygons, dict) and not isinstance(polygons["counts"], list):
+        return float(coco_mask.area(polygons))
+    encoded = coco_mask.frPyObjects(polygons, height, width)
+    return float(coco_mask.area(coco_mask.merge(encoded) if isinstance(encoded, list) else encoded))
+
+
 def _has_area(annotation: dict[str, Any]) -> bool:
     segmentation = annotation["segmentation"]
+    if isinstance(segmentation, list):
+        segmentation[:] = [polygon for polygon in segmentation if len(polygon) >= 6]
     has_mask = bool(segmentation["counts"]) if isinstance(segmentation, dict) else bool(segmentation)
     return has_mask and min(annotation["bbox"][2:]) > 0 and annotation.get("area", 1) > 0

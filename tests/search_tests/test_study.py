@@ -89,6 +89,14 @@ def test_enqueued_vectors_come_first_and_once(tmp_path: Path) -> None:
     assert len(set(vectors)) == len(vectors)
 
 
+def test_enqueued_vectors_belong_to_the_first_generation(tmp_path: Path) -> None:
+    study = study_at(tmp_path / "study.journal", admission=Admission({"latency_ms": latency}))
+    enqueue(study, list(SPACE)[:8], SPACE)
+    evaluate(study, 16)
+    generations = [trial.system_attrs["SparsityNSGAIISampler:generation"] for trial in study.trials]
+    assert generations == [0] * 8 + [1] * 8
+
+
 def test_interrupted_trials_are_evaluated_again(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     study = study_at(path)

@@ -145,6 +145,11 @@ def test_broken_json(tiny_coco: Path) -> None:
         (lambda d: d["images"][0].update(file_name="/etc/passwd"), "leaves the data root"),
         (lambda d: d["images"].append(dict(d["images"][0])), "lists image id 7 2 times"),
         (lambda d: d["annotations"][0].update(segmentation=[[1, 2, 3]]), "malformed segmentation"),
+        (lambda d: d["annotations"].append(dict(d["annotations"][0])), "lists annotation id 1 2 times"),
+        (
+            lambda d: d["annotations"][0].update(segmentation={"size": [9, 9], "counts": [81]}),
+            "RLE mask of size",
+        ),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "four finite numbers"),
         (lambda d: d["images"][0].update(width=0), "size 0×10; width and height must be positive"),
         (lambda d: (d["images"].clear(), d["annotations"].clear()), "lists no images"),
@@ -164,12 +169,22 @@ def test_boxes_and_masks_of_no_area_are_dropped_and_counted(tiny_coco: Path) -> 
             good | {"id": 2, "bbox": [2, 1, 0, 5]},
             good | {"id": 3, "area": 0},
             good | {"id": 4, "segmentation": []},
+            good | {"id": 5, "segmentation": [[1, 2, 3, 4]]},
         ]
 
     spoil(tiny_coco, add_degenerate)
     dataset = CocoInstances(tiny_coco, "val")
-    assert dataset.num_dropped == 3
+    assert dataset.num_dropped == 4
     assert len(dataset[0][1]["boxes"]) == 1
+
+
+def test_area_and_crowd_flag_may_be_missing(tiny_coco: Path) -> None:
+    spoil(
+        tiny_coco,
+        lambda dataset: (dataset["annotations"][0].pop("area"), dataset["annotations"][0].pop("iscrowd")),
+    )
+    annotation = CocoInstances(tiny_coco, "val").coco.anns[1]
+    assert (annotation["area"], annotation["iscrowd"]) == (50, 0)
 
 
 def test_missing_unreadable_and_truncated_images(tiny_coco: Path) -> None:
