@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipelines.artifacts import RESULT_FILE, write_json
 from pipelines.build import SHIPPED_WEIGHTS
@@ -21,6 +21,7 @@ from sparsevit.checkpoints import read_weights, write_weights
 def ship(run_folder: Path) -> Path:
     """Write the dense weights of a run in half precision, and beside them how they were made."""
     config = OmegaConf.load(run_folder / "config.yaml")
+    assert isinstance(config, DictConfig)
     stage = run_folder / "train"
     result = json.loads((stage / RESULT_FILE).read_text())
     target = SHIPPED_WEIGHTS / f"{config.experiment}_{config.scale}.safetensors"

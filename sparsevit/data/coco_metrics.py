@@ -31,9 +31,11 @@ def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[
     """Detections of one image, as torchvision's Mask R-CNN gives them, in COCO's result format."""
     masks = (detections["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
     boxes = detections["boxes"].float().cpu()
-    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
+    corners_and_sizes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
     encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
-    columns = zip(boxes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
+    columns = zip(
+        corners_and_sizes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True
+    )
     return [
         {
             "image_id": image_id,

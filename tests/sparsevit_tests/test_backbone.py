@@ -62,8 +62,8 @@ def tiny() -> SparseSwin:
     return backbone.double().eval()
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("size", [(64, 64), (52, 76), (16, 40)])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [(48, 48), (36, 52), (16, 40)])
 def test_random_vectors_equal_the_loop_oracle(tiny: SparseSwin, seed: int, size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     vector = tiny.space.draw(generator)

@@ -46,7 +46,7 @@ def tiny_coco(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def spoil(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def spoil(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = root / "annotations" / "instances_val.json"
     dataset = json.loads(path.read_text())
     change(dataset)
