@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main() below, which words them
@@ -12,7 +13,12 @@ import hydra
 import pandas as pd
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from pipelines import build, schema
 from pipelines.artifacts import ArtifactStore, StageResult, content_key, write_text
@@ -249,8 +255,8 @@ def _explain(error: BaseException) -> str:
         text = str(cause).strip()
         if isinstance(cause, OmegaConfBaseException) and text not in lines[0]:
             lines.append(text)
-        if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
-            lines.append(f"valid keys here: {', '.join(map(str, cause.parent_node))}")
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
+            lines.append(f"valid keys here: {', '.join(field.name for field in fields(cause.object_type))}")
             break
         cause = cause.__cause__ or cause.__context__
     return "\n".join(lines)

@@ -230,6 +230,10 @@ class StudySearcher(Searcher):
         self._study.tell(trial, state=TrialState.FAIL)
         self._on_trial(self._frozen(trial))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher now and then; all that matters is in the study on disk."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study is on disk already."""
 

@@ -129,7 +129,8 @@ class SparseSwin(nn.Module):
         self.depths = config.depths
         self.num_channels = tuple(config.embed_dim * 2**stage for stage in range(len(config.depths)))
         self.strides = tuple(config.patch_size * 2**stage for stage in range(len(config.depths)))
-        drop_path_rates = iter(torch.linspace(0.0, drop_path_rate, sum(config.depths)).tolist())
+        last = sum(config.depths) - 1
+        drop_path_rates = (drop_path_rate * block / max(1, last) for block in range(last + 1))
         self.patch_embed = PatchEmbedding(config.embed_dim, config.patch_size)
         self.stages = nn.ModuleList(
             SparseStage(
