@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.checkpoints.files import CheckpointError, Weights, read_weights
+from sparsevit.checkpoints.files import Weights, mismatch_error, read_weights
 
 PREFIXES = ("backbone.body.", "backbone.", "")
 _RECOMPUTED = re.compile(r"relative_position_index$|attn_mask$|relative_coords_table$")
@@ -50,17 +50,11 @@ def load_backbone_weights(backbone: SparseSwin, path: str | Path) -> LoadReport:
     missing = sorted(name for name in own if name not in renamed)
     essential = [name for name in missing if not name.startswith("norms.")]
     if unknown or wrong_shape or essential:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this backbone. "
-            + " ".join(
-                f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})."
-                for what, names in (
-                    ("Unexpected", unknown),
-                    ("Missing", essential),
-                    ("Of another shape", wrong_shape),
-                )
-                if names
-            )
+        raise mismatch_error(
+            f"{path} is not a checkpoint of this backbone",
+            unexpected=unknown,
+            missing=essential,
+            wrong_shape=wrong_shape,
         )
     backbone.load_state_dict(renamed, strict=False)
     return LoadReport(format_name, tuple(missing), tuple(left_over))

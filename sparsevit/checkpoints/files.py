@@ -17,6 +17,19 @@ class CheckpointError(ValueError):
     """A weight file cannot be used; the message names the file, what is wrong and what would do."""
 
 
+def mismatch_error(
+    summary: str, *, unexpected: list[str], missing: list[str], wrong_shape: list[str]
+) -> CheckpointError:
+    """The error for weights that do not fit, with the first names of every kind."""
+    kinds = (("Unexpected", unexpected), ("Missing", missing), ("Of another shape", wrong_shape))
+    listed = (
+        f"{kind}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})."
+        for kind, names in kinds
+        if names
+    )
+    return CheckpointError(f"{summary}. {' '.join(listed)}")
+
+
 def read_weights(path: Path) -> Weights:
     """Read ``.safetensors``, or a pickle by ``torch.load(weights_only=True)``.
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsevit.backbone import SparseSwin
 from sparsevit.checkpoints.backbone import load_backbone_weights
-from sparsevit.checkpoints.files import CheckpointError, read_weights
+from sparsevit.checkpoints.files import mismatch_error, read_weights
 
 
 def load_model_weights(
@@ -36,17 +36,11 @@ def load_model_weights(
     differing = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
     foreign = [name for name in differing if not re.search(class_layers, name)]
     if missing or unexpected or foreign:
-        raise CheckpointError(
-            f"{path} is a checkpoint of another model. "
-            + " ".join(
-                f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})."
-                for what, names in (
-                    ("Missing", missing),
-                    ("Unexpected", unexpected),
-                    ("Of another shape", foreign),
-                )
-                if names
-            )
+        raise mismatch_error(
+            f"{path} is a checkpoint of another model",
+            unexpected=unexpected,
+            missing=missing,
+            wrong_shape=foreign,
         )
     model.load_state_dict({name: weights[name] for name in own if name not in differing}, strict=False)
     return tuple(differing)
