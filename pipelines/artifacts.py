@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 RESULT_FILE = "result.json"
+METRICS_FILE = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ArtifactStore:
         path = self.folder(name, key) / RESULT_FILE
         if not path.is_file():
             return None
-        content = json.loads(path.read_text())
+        content = read_json(path)
         return StageResult(name, key, path.parent, content["metrics"], content["seconds"], was_reused=True)
 
     def run(
@@ -77,6 +78,10 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pipelines import build
-from pipelines.artifacts import ArtifactStore, StageResult, file_digest
+from pipelines.artifacts import ArtifactStore, StageResult, content_key, file_digest, read_json, write_json
 from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import load_model_weights
@@ -24,6 +24,7 @@ from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task
 
 WEIGHTS_FILE = "model.safetensors"
+SCORES_FILE = "scores.json"
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +44,9 @@ class Stage(Protocol):
     def execute(self, run: "Run", folder: Path) -> Mapping[str, float]:
         """Do the work, files in `folder`; go on from what a killed process left there."""
 
+    def score(self, run: "Run") -> Mapping[str, float]:
+        """What to know about the finished stage that depends on more than its result: accuracies."""
+
 
 @dataclass
 class Run:
@@ -52,6 +56,7 @@ class Run:
     store: ArtifactStore
     tracker: Tracker | NoTracker
     results: dict[str, StageResult] = field(default_factory=dict)
+    _evaluated: tuple[str, nn.Module] | None = None  # the model that was evaluated last
 
     @cached_property
     def device(self) -> torch.device:
@@ -102,14 +107,28 @@ class Run:
         model, _ = self.build_model(self.results[stage].folder / WEIGHTS_FILE)
         return model
 
-    def evaluate(
-        self, model: nn.Module, dataset: CocoInstances, sparsity: SparsityVector | None, label: str
+    def accuracy(
+        self, stage: str, dataset: CocoInstances, sparsity: SparsityVector, label: str
     ) -> Mapping[str, float]:
-        with self.progress(len(dataset), label, unit="image") as advance:
-            return self.task.evaluate(
-                model, dataset, sparsity,
-                batch_size=self.config.search.batch_size, device=self.device, on_batch=advance,
-            )  # fmt: skip
+        """Accuracy of the model that a finished stage left.
+
+        Kept beside its weights, so that it is computed once, whoever asks.
+        """
+        path = self.results[stage].folder / SCORES_FILE
+        key = content_key([self.data_fingerprint(dataset), list(sparsity.ratios)])
+        known = read_json(path) if path.is_file() else {}
+        if key not in known:
+            if self._evaluated is None or self._evaluated[0] != stage:
+                self._evaluated = stage, self.model_of(stage)
+            with self.progress(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance:
+                scores = self.task.evaluate(
+                    self._evaluated[1], dataset, sparsity,
+                    batch_size=self.config.search.batch_size, device=self.device, on_batch=advance,
+                )  # fmt: skip
+            known[key] = {"split": dataset.split, "vector": str(sparsity), "scores": dict(scores)}
+            write_json(path, known)
+        scores = known[key]["scores"]
+        return dict(scores)
 
     @contextmanager
     def progress(

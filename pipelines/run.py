@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main() below, which words them
@@ -21,7 +21,7 @@ from omegaconf.errors import (
 )
 
 from pipelines import build, schema
-from pipelines.artifacts import ArtifactStore, StageResult, content_key, write_text
+from pipelines.artifacts import METRICS_FILE, ArtifactStore, StageResult, content_key, write_json, write_text
 from pipelines.context import Run, Stage
 from pipelines.plots import HTML_FILE
 from pipelines.stages.adapt import Adapt
@@ -64,7 +64,7 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     run.tracker.start(PARENT, config.experiment, params=build.flat(config))
     try:
         for stage in _in_order(stages, config):
-            run.results[stage.name] = _run_stage(run, stage, keys[stage.name])
+            _run_stage(run, stage, keys[stage.name])
         if not run.tracker.is_ended(PARENT):
             run.tracker.end(PARENT)
     except BaseException:
@@ -73,6 +73,9 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     finally:
         run.tracker.close()
     link_results(run_folder, run.results)
+    write_json(
+        run_folder / METRICS_FILE, {name: dict(result.metrics) for name, result in run.results.items()}
+    )
     if "report" in run.results:
         print_summary(run, time.monotonic() - start)
     return run.results
@@ -134,7 +137,8 @@ def print_summary(run: Run, seconds: float) -> None:
     print(f"finished in {seconds:.0f} s")
 
 
-def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
+def _run_stage(run: Run, stage: Stage, key: str) -> None:
+    """Execute or find one stage, score it, log it, and add it to the run's results."""
     number = [each.name for each in STAGES].index(stage.name) + 1
     label = f"[{number}/{len(STAGES)}] {stage.name}"
     if run.store.find(stage.name, key) is None:
@@ -143,6 +147,9 @@ def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
     depends_on = stage.depends_on(run)
     try:
         result = run.store.run(stage.name, key, depends_on, lambda folder: stage.execute(run, folder))
+        run.results[stage.name] = result
+        result = replace(result, metrics={**result.metrics, **stage.score(run)})
+        run.results[stage.name] = result
     except BaseException:
         run.tracker.end(stage.name, is_success=False)
         raise
@@ -158,7 +165,6 @@ def _run_stage(run: Run, stage: Stage, key: str) -> StageResult:
     run.tracker.flush()
     if stage.name == "calibrate":
         _require_feasible_budget(run, result)
-    return result
 
 
 def _require_feasible_budget(run: Run, calibration: StageResult) -> None:

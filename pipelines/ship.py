@@ -4,14 +4,13 @@ python pipelines/run.py +experiment=coco init=scratch until=train
 python pipelines/ship.py outputs/coco/runs/<key>
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from pipelines.artifacts import RESULT_FILE, write_json
+from pipelines.artifacts import METRICS_FILE, RESULT_FILE, read_json, write_json
 from pipelines.build import SHIPPED_WEIGHTS
 from pipelines.context import WEIGHTS_FILE
 from sparsevit import __version__
@@ -23,7 +22,7 @@ def ship(run_folder: Path) -> Path:
     config = OmegaConf.load(run_folder / "config.yaml")
     assert isinstance(config, DictConfig)
     stage = run_folder / "train"
-    result = json.loads((stage / RESULT_FILE).read_text())
+    result = read_json(stage / RESULT_FILE)
     target = SHIPPED_WEIGHTS / f"{config.experiment}_{config.scale}.safetensors"
     target.parent.mkdir(exist_ok=True)
     write_weights(target, read_weights(stage / WEIGHTS_FILE), dtype=torch.float16)
@@ -34,7 +33,7 @@ def ship(run_folder: Path) -> Path:
             "version": __version__,
             "torch": torch.__version__,
             "seed": config.seed,
-            "metrics": result["metrics"],
+            "metrics": read_json(run_folder / METRICS_FILE)["train"],
             "seconds": result["seconds"],
             "config": {
                 name: OmegaConf.to_container(config[name], resolve=True)

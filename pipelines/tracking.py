@@ -1,7 +1,7 @@
 """MLflow, through an outbox: what is to be logged is on disk first, then sent by one writer.
 
 A run survives a tracking server that is down: events wait in the outbox and are sent at the end,
-or when the same run is started again. Every event is sent in order and marked as sent.
+or by the next run of the same output folder. Every event is sent in order and marked as sent.
 """
 
 import json
@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.artifacts import write_json
+from filelock import FileLock, Timeout
+
+from pipelines.artifacts import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 PARENT = "run"
 KEY_TAG = "sparsevit.key"
+OUTBOX_FILE = "tracking.jsonl"
+SENT_FILE = "tracking.sent.json"
 
 
 class Tracker:
@@ -28,22 +32,29 @@ class Tracker:
         uri: MLflow's tracking URI.
         artifact_root: where a local store keeps its artifacts; a server chooses its own.
         experiment: MLflow's experiment.
+        lock_timeout_s: how long to wait for another process that logs the same run; -1 for ever.
     """
 
-    def __init__(self, folder: Path, *, uri: str, artifact_root: Path, experiment: str) -> None:
+    def __init__(
+        self, folder: Path, *, uri: str, artifact_root: Path, experiment: str, lock_timeout_s: float = -1
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._uri = uri
         self._artifact_root = artifact_root
         self._experiment = experiment
         self._folder = folder
-        self._outbox = folder / "tracking.jsonl"
-        self._sent_file = folder / "tracking.sent.json"
+        self._outbox = folder / OUTBOX_FILE
+        self._sent_file = folder / SENT_FILE
+        self._lock = FileLock(folder / ".tracking.lock", timeout=lock_timeout_s)
+        self._lock.acquire()
         self._events = _read_events(self._outbox)
         self._started = {event["key"] for event in self._events if event["op"] == "start"}
         self._ended = {
             event["key"] for event in self._events if event["op"] == "end" and event["status"] == "FINISHED"
         }
-        sent = json.loads(self._sent_file.read_text()) if self._sent_file.is_file() else {}
+        sent = read_json(self._sent_file) if self._sent_file.is_file() else {}
+        if sent.get("uri", uri) != uri:  # another server knows nothing of this run: it gets all of it
+            sent = {}
         self._num_sent: int = sent.get("num_sent", 0)
         self._run_ids: dict[str, str] = sent.get("run_ids", {})
         self._client: Any = None
@@ -81,32 +92,57 @@ class Tracker:
         try:
             while self._num_sent < len(self._events):
                 event = self._events[self._num_sent]
-                self._send(event)
+                try:
+                    self._send(event)
+                except Exception as error:
+                    if event["op"] == "start" or not _is_refusal(error):
+                        raise
+                    logger.warning(
+                        "warning: MLflow refuses a record of %s: %s", event["key"], _first_line(error)
+                    )
                 self._num_sent += 1
                 if event["op"] == "start":  # so that a kill does not create a run twice
                     self._save_position()
         except Exception as error:  # noqa: BLE001  (MLflow raises whatever its transport raises)
             self._is_offline = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             logger.warning(
                 "warning: MLflow at %s cannot be reached (%s); %d records wait in %s and are sent at the "
                 "end or on the next run",
-                self._uri, reason, self.num_unsent, self._outbox,
+                self._uri, _first_line(error), self.num_unsent, self._outbox,
             )  # fmt: skip
         finally:
             self._save_position()
 
     def close(self) -> None:
-        """Try once more to send everything."""
+        """Try once more to send everything, and then what earlier runs beside this one could not."""
         self._is_offline = False
         self.flush()
+        if not self._is_offline:
+            self._send_leftovers()
+        self._lock.release()
+
+    def _send_leftovers(self) -> None:
+        for outbox in sorted(self._folder.parent.glob(f"*/{OUTBOX_FILE}")):
+            sent_file = outbox.with_name(SENT_FILE)
+            if outbox == self._outbox or not sent_file.is_file() or read_json(sent_file)["uri"] != self._uri:
+                continue
+            try:
+                earlier = Tracker(
+                    outbox.parent, uri=self._uri, artifact_root=self._artifact_root,
+                    experiment=self._experiment, lock_timeout_s=0,
+                )  # fmt: skip
+            except Timeout:  # the run that it belongs to is still going
+                continue
+            earlier.flush()
+            earlier._lock.release()
 
     def is_ended(self, key: str) -> bool:
         """Whether a run was logged to its end by this process or an earlier one."""
         return key in self._ended
 
     def _save_position(self) -> None:
-        write_json(self._sent_file, {"num_sent": self._num_sent, "run_ids": self._run_ids})
+        content = {"uri": self._uri, "num_sent": self._num_sent, "run_ids": self._run_ids}
+        write_json(self._sent_file, content)
 
     def _append(self, op: str, key: str, **fields: Any) -> None:
         event = {"op": op, "key": key, "time_ms": int(1000 * time.time()), **fields}
@@ -190,6 +226,20 @@ class NoTracker:
 
     def close(self) -> None:
         return None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server understood and said no, so that sending again would not help."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return False
+    status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    return status in (400, 404)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_events(outbox: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class SwinConfig:
 
 
 BACKBONES = {
-    "swin_nano": SwinConfig(32, (2, 2, 4, 2), (1, 2, 4, 8), window_size=4),
+    "swin_nano": SwinConfig(32, (2, 2, 6, 2), (1, 2, 4, 8), window_size=4),
     "swin_t": SwinConfig(96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swin_s": SwinConfig(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_b": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32)),

@@ -16,11 +16,7 @@ class Adapt:
     needs = ("train",)
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
-        return {
-            **training_key(run.config.adapt, run),
-            "choices": list(run.space.choices),
-            "search_data": run.data_fingerprint(run.search_set),
-        }
+        return {**training_key(run.config.adapt, run), "choices": list(run.space.choices)}
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         model = run.model_of("train")
@@ -28,10 +24,13 @@ class Adapt:
         num_steps = train_stage(
             run, self.name, model, run.config.adapt, folder, lambda generator: law(run.space, generator)
         )
-        dense = run.evaluate(model, run.search_set, run.space.dense, "adapt: accuracy, dense")
-        sparsest = run.evaluate(model, run.search_set, run.space.sparsest, "adapt: accuracy at the sparsest")
+        return {"num_steps": num_steps}
+
+    def score(self, run: Run) -> Mapping[str, float]:
+        """Accuracy on the search split at both ends of the space."""
+        dense = run.accuracy(self.name, run.search_set, run.space.dense, "of the dense model")
+        sparsest = run.accuracy(self.name, run.search_set, run.space.sparsest, "at the sparsest")
         return {
-            "num_steps": num_steps,
             **{f"search_{name}": value for name, value in dense.items()},
             **{f"search_sparsest_{name}": value for name, value in sparsest.items()},
         }

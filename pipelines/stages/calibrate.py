@@ -36,3 +36,6 @@ class Calibrate:
             "sparsest_ms": predictor.predict(run.space.sparsest),
             **predictor.scores,
         }
+
+    def score(self, run: Run) -> Mapping[str, float]:
+        return {}

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from pipelines import build
 from pipelines.artifacts import write_json
 from pipelines.context import Run
@@ -31,27 +29,29 @@ class Finetune:
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = run.config.finetune
-        metric = run.task.metric
         model = run.model_of("adapt")
-        chosen = self._choose(run, model)
+        chosen = self._choose(run)
         rule = config.rule if config.vector is None else "given"
         write_json(
             folder / CHOICE_FILE, {"rule": rule, "vector": list(chosen.vector.ratios), **chosen.values}
         )
         num_steps = train_stage(run, self.name, model, config, folder, lambda generator: chosen.vector)
-        after = run.evaluate(model, run.search_set, chosen.vector, "finetune: accuracy")
         return {
             "num_steps": num_steps,
             "predicted_ms": chosen.values["latency_ms"],
-            f"search_{metric}_before": chosen.values[metric],
-            f"search_{metric}": after[metric],
+            f"search_{run.task.metric}_before": chosen.values[run.task.metric],
         }
 
-    def _choose(self, run: Run, model: nn.Module) -> FrontMember:
+    def score(self, run: Run) -> Mapping[str, float]:
+        """Accuracy on the search split, to compare with the one before."""
+        after = run.accuracy(self.name, run.search_set, chosen_member(run).vector, "of the subnet")
+        return {f"search_{name}": value for name, value in after.items()}
+
+    def _choose(self, run: Run) -> FrontMember:
         config, metric = run.config.finetune, run.task.metric
         given = build.finetuned_vector(run.config)
         if given is not None:
-            scores = run.evaluate(model, run.search_set, given, "finetune: accuracy before")
+            scores = run.accuracy("adapt", run.search_set, given, "at the given vector")
             return FrontMember(
                 given,
                 {

@@ -1,6 +1,5 @@
 """Stage 6: measure the front, write the report, export the chosen subnet."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 
 from pipelines import build
-from pipelines.artifacts import write_json, write_text
+from pipelines.artifacts import write_text
 from pipelines.context import Run
 from pipelines.plots import write_plots
 from pipelines.stages.finetune import chosen_member, front_members
@@ -25,7 +24,6 @@ from sparsevit.sparsity import SparsityVector
 
 EXPORT_FOLDER = "export"
 TABLE_FILE = "pareto.csv"
-SCORES_FILE = "scores.json"
 
 
 class Report:
@@ -48,10 +46,9 @@ class Report:
         members = _thin(front_members(run), chosen, run.config.report.max_members)
         if chosen not in [member.vector for member in members]:  # the user's own
             members.append(chosen_one)
-        scores = _score(run, folder, [member.vector for member in members])
-        finetuned = run.model_of("finetune")
-        after = run.evaluate(finetuned, run.report_set, chosen, "report: the finetuned subnet")[metric]
-        dense = run.results["train"].metrics[metric]
+        scores = _score(run, [member.vector for member in members])
+        dense = run.accuracy("train", run.report_set, run.space.dense, "of the dense model")[metric]
+        after = run.accuracy("finetune", run.report_set, chosen, "of the subnet")[metric]
         measured = _measure(run, [run.space.dense, *(member.vector for member in members)])
         rows: list[dict[str, Any]] = [
             {
@@ -82,7 +79,7 @@ class Report:
         write_plots(folder, table, metric, history, _header(run))
         row = next(row for row in rows if row["chosen"])
         export_model(
-            folder / EXPORT_FOLDER, finetuned, chosen,
+            folder / EXPORT_FOLDER, run.model_of("finetune"), chosen,
             backbone=run.config.backbone.name, task=run.config.task.name, task_config=run.task.config,
             details={
                 "classes": run.train_set.class_names,
@@ -99,6 +96,9 @@ class Report:
             f"dense_{metric}": dense,
             f"chosen_{metric}_drop": dense - after,
         }
+
+    def score(self, run: Run) -> Mapping[str, float]:
+        return {}
 
 
 def measured_front(
@@ -133,19 +133,15 @@ def hypervolume_history(run: Run) -> list[float]:
     ]
 
 
-def _score(run: Run, folder: Path, vectors: Sequence[SparsityVector]) -> dict[str, float]:
-    """Accuracy of the adapted supernet on the report split, in random order; each kept as it comes."""
-    path = folder / SCORES_FILE
-    scores: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-    model = run.model_of("adapt")
+def _score(run: Run, vectors: Sequence[SparsityVector]) -> dict[str, float]:
+    """Accuracy of the adapted supernet on the report split, in random order."""
+    scores: dict[str, float] = {}
     order = torch.randperm(len(vectors), generator=seeded(run.config.seed, 5)).tolist()
     for count, index in enumerate(order, start=1):
-        vector = vectors[index]
-        if str(vector) in scores:
-            continue
-        label = f"report: member {count} of {len(vectors)}"
-        scores[str(vector)] = run.evaluate(model, run.report_set, vector, label)[run.task.metric]
-        write_json(path, scores)
+        label = f"of member {count} of {len(vectors)}"
+        scores[str(vectors[index])] = run.accuracy("adapt", run.report_set, vectors[index], label)[
+            run.task.metric
+        ]
     return scores
 
 

@@ -34,7 +34,11 @@ class Search:
     needs = ("adapt", "calibrate")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
-        return {"search": build.plain(run.config.search), "sampler": build.plain(run.config.sampler)}
+        return {
+            "search": build.plain(run.config.search),
+            "sampler": build.plain(run.config.sampler),
+            "data": run.data_fingerprint(run.search_set),
+        }
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = run.config.search
@@ -82,6 +86,9 @@ class Search:
             "num_front_members": len(front.members),
             "hypervolume": front.hypervolume(reference),
         }
+
+    def score(self, run: Run) -> Mapping[str, float]:
+        return {}
 
     def _factory(self, run: Run) -> SupernetEvaluatorFactory:
         cluster = build.engine(run.config)

@@ -59,7 +59,7 @@ def test_export_loads_and_predicts(finished: Path) -> None:
     folder = next((finished / "out").glob("coco/stages/report-*/export"))
     model = load_exported(folder)
     assert model.config["classes"] == ["disc", "square", "triangle"]
-    assert len(model.sparsity) == 5
+    assert len(model.sparsity) == 6
     with torch.inference_mode():
         assert "masks" in model([torch.rand(3, 64, 64)])[0]
 
@@ -93,9 +93,9 @@ def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: 
         (["+experiment=coco", "train.epochz=1"], "valid keys here: epochs, batch_size"),
         (["+experiment=coco", "train.epochs=many"], "'many' of type 'str' could not be converted to Float"),
         (["+experiment=coco", "data.root=/no/such/folder"], "is not a folder: set data.root"),
-        (["+experiment=coco", "finetune.vector=[0.1,0.2]"], "has 2 ratios, but depths [2, 2, 4, 2] need 5"),
-        (["+experiment=coco", "finetune.vector=[0.1,0.2,0.5,0.3,0]"], "may not decrease inside a stage"),
-        (["+experiment=coco", "finetune.vector=[0.1,1.2,0.5,0.5,0]"], "ratios lie in [0, 1)"),
+        (["+experiment=coco", "finetune.vector=[0.1,0.2]"], "has 2 ratios, but depths [2, 2, 6, 2] need 6"),
+        (["+experiment=coco", "finetune.vector=[0.1,0.2,0.5,0.3,0.5,0]"], "may not decrease inside a stage"),
+        (["+experiment=coco", "finetune.vector=[0.1,1.2,0.5,0.5,0.5,0]"], "ratios lie in [0, 1)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_exit_status_2_and_a_message(tmp_path: Path, overrides: list[str], message: str) -> None:

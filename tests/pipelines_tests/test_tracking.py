@@ -105,6 +105,46 @@ def test_server_that_is_down_costs_a_warning_and_no_record(
     check(uri)
 
 
+def test_next_run_of_another_configuration_sends_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = tracker_at(tmp_path, uri)
+    with monkeypatch.context() as outage:
+        outage.setattr(Tracker, "_connect", unreachable)
+        log_something(tracker, tmp_path)
+        tracker.close()
+    assert tracker.num_unsent == 7
+    other = Tracker(tmp_path / "other", uri=uri, artifact_root=tmp_path / "artifacts", experiment="test")
+    other.close()
+    check(uri)
+
+
+def unreachable(tracker: Tracker) -> None:
+    raise ConnectionError("no route")
+
+
+def test_refused_record_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = tracker_at(tmp_path, uri)
+    tracker.start(PARENT, "coco")
+    tracker.log_metrics(PARENT, {"no such/name!": 1.0})
+    tracker.log_metrics(PARENT, {"hypervolume": 0.5})
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        tracker.close()
+    assert "refuses a record of run" in caplog.text
+    assert runs_of(uri)["coco"]["metrics"] == {"hypervolume": 0.5}
+
+
+def test_other_server_gets_the_whole_run(tmp_path: Path) -> None:
+    first = tracker_at(tmp_path, f"sqlite:///{tmp_path / 'first.db'}")
+    log_something(first, tmp_path)
+    first.close()
+    uri = f"sqlite:///{tmp_path / 'second.db'}"
+    tracker_at(tmp_path, uri).close()
+    check(uri)
+
+
 def test_torn_outbox_line_is_cut_off(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracker = tracker_at(tmp_path, uri)
@@ -112,6 +152,7 @@ def test_torn_outbox_line_is_cut_off(tmp_path: Path) -> None:
     outbox = tmp_path / "run" / "tracking.jsonl"
     with outbox.open("a") as file:
         file.write('{"op": "metr')
+    tracker._lock.release()  # as the end of the process does
     reopened = tracker_at(tmp_path, uri)
     assert reopened.num_unsent == 1
     reopened.end(PARENT)

@@ -11,7 +11,7 @@ from sparsevit.export import export_model
 from sparsevit.tasks import create_task
 from tests.sparsevit_tests.test_checkpoints import small_task
 
-VECTOR = SparsityVector((0.5, 0.3, 0.2, 0.6, 0.0))
+VECTOR = SparsityVector((0.5, 0.3, 0.2, 0.4, 0.6, 0.0))
 
 
 def test_exported_model_predicts_the_same(tmp_path: Path) -> None:
