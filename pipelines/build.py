@@ -19,6 +19,7 @@ from sparsevit.data.coco import CocoInstances, locate_split
 from sparsevit.data.errors import DataError
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.latency.calibration import CalibrationConfig
+from sparsevit.precision import check_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task, create_task
 from sparsevit.training import TrainingConfig
@@ -42,6 +43,7 @@ def check(config: ConfigSchema) -> None:
     for stage in (config.train, config.adapt, config.finetune):
         training(stage, num_images=stage.batch_size)
     sampling_law(config.adapt.law)
+    check_precision(config.evaluation.precision)
     calibration(config)
     engine(config)
     _one_of("sampler.name", config.sampler.name, SAMPLERS)
@@ -61,7 +63,7 @@ def check(config: ConfigSchema) -> None:
             f"{config.search.num_evaluations} and {config.sampler.population_size}"
         )
     for name, value in (
-        ("search.batch_size", config.search.batch_size),
+        ("evaluation.batch_size", config.evaluation.batch_size),
         ("search.num_images", config.search.num_images),
         ("report.num_rounds", config.report.num_rounds),
         ("report.max_members", config.report.max_members),

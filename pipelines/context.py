@@ -20,6 +20,7 @@ from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import load_model_weights
 from sparsevit.data.coco import CocoInstances
 from sparsevit.latency.calibration import device_name
+from sparsevit.precision import autocast, resolve_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task
 
@@ -115,17 +116,26 @@ class Run:
         Kept beside its weights, so that it is computed once, whoever asks.
         """
         path = self.results[stage].folder / SCORES_FILE
-        key = content_key([self.data_fingerprint(dataset), list(sparsity.ratios)])
+        precision = resolve_precision(self.config.evaluation.precision, self.device)
+        key = content_key([self.data_fingerprint(dataset), list(sparsity.ratios), precision])
         known = read_json(path) if path.is_file() else {}
         if key not in known:
             if self._evaluated is None or self._evaluated[0] != stage:
                 self._evaluated = stage, self.model_of(stage)
-            with self.progress(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance:
+            with (
+                self.progress(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance,
+                autocast(precision, self.device),
+            ):
                 scores = self.task.evaluate(
                     self._evaluated[1], dataset, sparsity,
-                    batch_size=self.config.search.batch_size, device=self.device, on_batch=advance,
+                    batch_size=self.config.evaluation.batch_size, device=self.device, on_batch=advance,
                 )  # fmt: skip
-            known[key] = {"split": dataset.split, "vector": str(sparsity), "scores": dict(scores)}
+            known[key] = {
+                "split": dataset.split,
+                "vector": str(sparsity),
+                "precision": precision,
+                "scores": dict(scores),
+            }
             write_json(path, known)
         scores = known[key]["scores"]
         return dict(scores)

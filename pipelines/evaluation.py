@@ -11,6 +11,7 @@ from torch import Tensor
 from search.evaluator import Evaluator
 from sparsevit.backbone import create_backbone
 from sparsevit.data.coco import CocoInstances
+from sparsevit.precision import autocast
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks import create_task
 
@@ -28,6 +29,7 @@ class SupernetEvaluatorFactory:
     image_ids: tuple[int, ...]
     batch_size: int
     device: str
+    precision: str
     num_threads: int
 
     def __call__(self) -> Evaluator:
@@ -42,6 +44,7 @@ class SupernetEvaluatorFactory:
 
         def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:
             dataset.image_ids = all_images[:budget]
-            return task.evaluate(model, dataset, vector, batch_size=self.batch_size, device=device)
+            with autocast(self.precision, device):
+                return task.evaluate(model, dataset, vector, batch_size=self.batch_size, device=device)
 
         return evaluate

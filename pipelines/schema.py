@@ -120,7 +120,14 @@ class SearchSchema:
     constraints: list[ConstraintSchema] = field(default_factory=list)
     latency_budget_ms: float | None = None
     num_images: int | None = None
-    batch_size: int = 4
+
+
+@dataclass
+class EvaluationSchema:
+    """How accuracy is computed, in the search and everywhere else."""
+
+    batch_size: int = MISSING
+    precision: str = MISSING
 
 
 @dataclass
@@ -169,6 +176,7 @@ class ConfigSchema:
     train: TrainingSchema = MISSING
     adapt: AdaptSchema = MISSING
     latency: LatencySchema = MISSING
+    evaluation: EvaluationSchema = MISSING
     search: SearchSchema = MISSING
     sampler: SamplerSchema = MISSING
     cluster: ClusterSchema = MISSING

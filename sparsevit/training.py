@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsevit.data.order import SeededSamples, TrainingOrder, derive_seed, seeded
 from sparsevit.data.sample import collate
+from sparsevit.precision import autocast, check_precision
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.protocol import Task
 
@@ -53,8 +54,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "step"):
             raise ValueError(f"schedule must be cosine or step, got {self.schedule!r}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+        check_precision(self.precision)
         if self.num_steps < 0 or self.batch_size < 1:
             raise ValueError(
                 f"num_steps must be at least 0 and batch_size at least 1, "
@@ -99,14 +99,13 @@ def train(
         num_workers=config.num_workers,
         collate_fn=collate,
     )
-    precision = resolve_precision(config.precision, device)
     model.train()
     last_checkpoint = time.monotonic()
     for step, batch in enumerate(loader, start=first_step + 1):
         vector = draw_vector(seeded(seed, step, 1))
         with torch.random.fork_rng():  # torchvision's RoI sampling draws from the global state
             torch.manual_seed(derive_seed(seed, step, 2))
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with autocast(config.precision, device):
                 losses = task.losses(model, batch, vector)
                 loss = torch.stack(list(losses.values())).sum()
         values = {name: float(value.detach()) for name, value in losses.items()}
@@ -152,15 +151,6 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.num_steps - warmup)))
     return float(0.1 ** sum(step >= share * config.num_steps for share in config.milestones))
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is bf16 where the device multiplies it faster: CUDA, CPUs with AVX512-BF16 or AMX."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def _restore(

@@ -20,6 +20,7 @@ from search.study import counted_trials, read_study
 from sparsevit.data.order import seeded
 from sparsevit.export import export_model
 from sparsevit.latency.calibration import measure_ms
+from sparsevit.precision import resolve_precision
 from sparsevit.sparsity import SparsityVector
 
 EXPORT_FOLDER = "export"
@@ -36,6 +37,7 @@ class Report:
         return {
             "report": build.plain(run.config.report),
             "data": run.data_fingerprint(run.report_set),
+            "evaluation": build.plain(run.config.evaluation),
             "machine": run.machine(),
         }
 
@@ -172,5 +174,6 @@ def _header(run: Run) -> dict[str, Any]:
         "device": run.machine()["device"],
         "threads": run.machine()["threads"],
         "torch": torch.__version__,
-        "accuracy on": f"{len(run.report_set)} images of {run.report_set.split!r}",
+        "accuracy on": f"{len(run.report_set)} images of {run.report_set.split!r}, "
+        f"{resolve_precision(run.config.evaluation.precision, run.device)}",
     }

@@ -38,6 +38,7 @@ class Search:
             "search": build.plain(run.config.search),
             "sampler": build.plain(run.config.sampler),
             "data": run.data_fingerprint(run.search_set),
+            "evaluation": build.plain(run.config.evaluation),
         }
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
@@ -101,7 +102,8 @@ class Search:
             data_root=split.root.resolve(),
             split=split.split,
             image_ids=tuple(split.image_ids),
-            batch_size=run.config.search.batch_size,
+            batch_size=run.config.evaluation.batch_size,
+            precision=run.config.evaluation.precision,
             device="cuda" if cluster.gpus_per_worker > 0 else "cpu",
             num_threads=max(1, int(cluster.cpus_per_worker)),
         )

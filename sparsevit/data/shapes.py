@@ -35,7 +35,7 @@ class ShapesConfig:
 
     image_size: int = 256
     num_images: Mapping[str, int] = field(
-        default_factory=lambda: {"train": 1200, "search": 64, "report": 120}
+        default_factory=lambda: {"train": 1200, "search": 60, "report": 120}
     )
     max_objects: int = 4
     empty_share: float = 0.04
