@@ -53,10 +53,11 @@ def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]
     figure = make_subplots(
         rows=1, cols=3, subplot_titles=("measured front", "predicted against measured", "hypervolume")
     )
-    members = table[table["vector"] != "dense"]
+    members, front = _members_and_front(table, metric)
     for name, rows, column in (
         ("dense", table[table["vector"] == "dense"], f"{metric} before"),
-        ("front", members, f"{metric} before"),
+        ("members of the search", members, f"{metric} before"),
+        ("measured front", front, f"{metric} before"),
         ("finetuned", members[members["chosen"] == "*"], f"{metric} after"),
     ):
         figure.add_scatter(
@@ -64,7 +65,8 @@ def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]
             y=rows[column],
             text=rows["vector"],
             name=name,
-            mode="markers",
+            mode="lines+markers" if name == "measured front" else "markers",
+            line_shape="hv",
             row=1,
             col=1,
         )
@@ -84,12 +86,24 @@ def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]
     return figure.update_layout(height=480)
 
 
+def _members_and_front(table: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The members by latency, and those of them that nothing faster equals in accuracy."""
+    members = table[table["vector"] != "dense"].sort_values("measured ms")
+    best_before = members[f"{metric} before"].cummax().shift(fill_value=float("-inf"))
+    return members, members[members[f"{metric} before"] > best_before]
+
+
 def _static(path: Path, table: pd.DataFrame, metric: str, header: Mapping[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    members = table[table["vector"] != "dense"]
+    members, front = _members_and_front(table, metric)
     dense = table[table["vector"] == "dense"]
     chosen = members[members["chosen"] == "*"]
-    axes.plot(members["measured ms"], members[f"{metric} before"], "o-", label="front, supernet weights")
+    axes.plot(
+        members["measured ms"], members[f"{metric} before"], "o", mfc="none", label="members of the search"
+    )
+    axes.step(
+        front["measured ms"], front[f"{metric} before"], "o-", where="post", label="measured front, supernet"
+    )
     axes.plot(dense["measured ms"], dense[f"{metric} before"], "ks", label="dense")
     axes.plot(
         chosen["measured ms"], chosen[f"{metric} after"], "r*", markersize=13, label="chosen, finetuned"

@@ -78,5 +78,8 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], *, dtype: torch.dty
         for name, value in weights.items()
     }
     partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     save_file({name: value.cpu() for name, value in converted.items()}, partial)
+    partial.chmod(mode)  # safetensors lets only the owner read; an output folder may be shared
     os.replace(partial, path)

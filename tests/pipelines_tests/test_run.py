@@ -78,6 +78,21 @@ def test_again_is_skipped_and_other_choices_share_stages(
     assert {name for name, result in rule.items() if not result.was_reused} == {"finetune"}
 
 
+def test_sweep_shares_the_stages_it_has_in_common(finished: Path) -> None:
+    before = stage_folders(finished)
+    sweep = command(finished, "sampler=nsga2,random", "search.seed=7", "until=search")
+    sweep.insert(2, "-m")
+    result = subprocess.run(sweep, cwd=finished, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    added = sorted(folder.split("-")[0] for folder in stage_folders(finished) - before)
+    assert added == ["search", "search"]
+    assert result.stdout.count("train: skipped, finished before") == 2
+
+
+def stage_folders(folder: Path) -> set[str]:
+    return {path.parent.name for path in (folder / "out").glob("coco/stages/*/result.json")}
+
+
 def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no sparsity vector has latency_ms .* reachable is .*\(dense\)"):
         run_pipeline(composed(*tiny_run(tmp_path, "search.latency_budget_ms=0.001", "tracking=none")))

@@ -73,6 +73,12 @@ def test_own_format_round_trip_is_bit_exact(tmp_path: Path) -> None:
         assert torch.equal(target.state_dict()[name], value), name
 
 
+def test_written_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_weights(tmp_path / "own.safetensors", {"weight": torch.zeros(2)})
+    assert (tmp_path / "own.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no.pth does not exist"):
         read_weights(tmp_path / "no.pth")
