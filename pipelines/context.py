@@ -151,6 +151,7 @@ class Run:
             unit=unit,
             initial=initial,
             leave=False,
+            delay=1.0,  # what is over at once shows no bar
             dynamic_ncols=True,
         ) as bar:
 
