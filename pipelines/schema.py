@@ -141,7 +141,7 @@ class SamplerSchema:
 @dataclass
 class ReportSchema:
     num_rounds: int = MISSING
-    max_members: int = MISSING
+    max_members: int | None = None  # None: every member of the front
 
 
 @dataclass

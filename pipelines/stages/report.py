@@ -156,9 +156,9 @@ def _measure(run: Run, vectors: Sequence[SparsityVector]) -> list[float]:
     return latencies
 
 
-def _thin(members: Sequence[FrontMember], chosen: SparsityVector, limit: int) -> list[FrontMember]:
+def _thin(members: Sequence[FrontMember], chosen: SparsityVector, limit: int | None) -> list[FrontMember]:
     """At most `limit` members, spread over the front, the chosen one among them."""
-    if len(members) <= limit:
+    if limit is None or len(members) <= limit:
         return list(members)
     picked = {round(index * (len(members) - 1) / max(1, limit - 2)) for index in range(limit - 1)}
     return [member for index, member in enumerate(members) if index in picked or member.vector == chosen]
