@@ -66,7 +66,7 @@ def test_sparsevit_imports_without_the_rest() -> None:
         "from sparsevit.latency import LatencyPredictor\n"
         "import torch\n"
         "backbone = create_backbone('swin_nano')\n"
-        "print(len(backbone(torch.zeros(1, 3, 64, 64), SparsityVector((0.5,) * 5))))\n"
+        "print(len(backbone(torch.zeros(1, 3, 64, 64), SparsityVector((0.5,) * 6))))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "4"

@@ -44,7 +44,7 @@ def test_the_vector_changes_the_predictions_and_dense_is_no_vector() -> None:
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         plain = model.backbone(images)
-        dense = model.backbone(images, SparsityVector((0.0,) * 5))
+        dense = model.backbone(images, SparsityVector((0.0,) * 6))
         sparse = model.backbone(images, VECTOR)
     assert all(torch.equal(plain[level], dense[level]) for level in plain)
     assert not torch.equal(plain["3"], sparse["3"])

@@ -18,7 +18,7 @@ from sparsevit.tasks.instance_segmentation import InstanceSegmentation
 from sparsevit.training import TrainingConfig, build_optimizer, learning_rate_factor, train
 from tests.sparsevit_tests.test_checkpoints import small_task
 
-SPACE = SparsitySpace((2, 2, 4, 2))
+SPACE = SparsitySpace((2, 2, 6, 2))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_norms_biases_and_bias_tables_do_not_decay() -> None:
     ("fields", "message"),
     [
         ({"schedule": "linear"}, "schedule must be cosine or step, got 'linear'"),
-        ({"precision": "fp8"}, "precision must be auto, bf16 or fp32, got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be one of auto, bf16, fp32, got 'fp8'"),
         ({"batch_size": 0}, "batch_size at least 1"),
     ],
 )
