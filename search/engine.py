@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -22,7 +23,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from optuna import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.search import Searcher
 
@@ -251,5 +252,13 @@ class _TellLostWorkers(Callback):
         self._searcher = searcher
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
-        self._searcher.fail(trial.trial_id, f"{type(error).__name__}: {error}".splitlines()[0])
+        self._searcher.fail(trial.trial_id, _reason_of(trial))
+
+
+def _reason_of(trial: Any) -> str:
+    """Why Tune gave a trial up. The driver has the error at once, the storage only after its next copy."""
+    path = trial.pickled_error_file
+    if path is None or not Path(path).is_file():
+        return "the worker was lost"
+    error = cloudpickle.loads(Path(path).read_bytes())
+    return f"{type(error).__name__}: {error}".splitlines()[0]
