@@ -1,7 +1,7 @@
 """The report's pictures: interactive HTML by plotly, PNG by matplotlib."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,23 @@ PNG_FILE = "pareto.png"
 
 
 def write_plots(
-    folder: Path, table: pd.DataFrame, metric: str, hypervolumes: Sequence[float], header: Mapping[str, Any]
+    folder: Path,
+    table: pd.DataFrame,
+    metric: str,
+    front: Collection[str],
+    hypervolumes: Sequence[float],
+    header: Mapping[str, Any],
 ) -> None:
     """Write the report's HTML page and the picture of the front.
 
     Args:
         table: the Pareto table, the dense model first.
         metric: name of the accuracy.
+        front: the vectors of the table that no other dominates.
         hypervolumes: after every evaluation of the search.
         header: what was measured, on what.
     """
-    figure = _interactive(table, metric, hypervolumes)
+    figure = _interactive(table, metric, front, hypervolumes)
     plot = figure.to_html(full_html=False, include_plotlyjs=True)
     facts = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
@@ -46,18 +52,21 @@ def write_plots(
         f"<!doctype html><meta charset='utf-8'><title>SparseViT report</title><style>{style}</style>"
         f"<h1>Pareto front</h1><table>{facts}</table>{plot}{rows}",
     )
-    _static(folder / PNG_FILE, table, metric, header)
+    _static(folder / PNG_FILE, table, metric, front, header)
 
 
-def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]) -> go.Figure:
+def _interactive(
+    table: pd.DataFrame, metric: str, front: Collection[str], hypervolumes: Sequence[float]
+) -> go.Figure:
     figure = make_subplots(
         rows=1, cols=3, subplot_titles=("measured front", "predicted against measured", "hypervolume")
     )
-    members, front = _members_and_front(table, metric)
+    members = table[table["vector"] != "dense"].sort_values("measured ms")
+    on_front = members[members["vector"].isin(front)]
     for name, rows, column in (
         ("dense", table[table["vector"] == "dense"], f"{metric} before"),
         ("members of the search", members, f"{metric} before"),
-        ("measured front", front, f"{metric} before"),
+        ("measured front", on_front, f"{metric} before"),
         ("finetuned", members[members["chosen"] == "*"], f"{metric} after"),
     ):
         figure.add_scatter(
@@ -86,23 +95,23 @@ def _interactive(table: pd.DataFrame, metric: str, hypervolumes: Sequence[float]
     return figure.update_layout(height=480)
 
 
-def _members_and_front(table: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The members by latency, and those of them that nothing faster equals in accuracy."""
-    members = table[table["vector"] != "dense"].sort_values("measured ms")
-    best_before = members[f"{metric} before"].cummax().shift(fill_value=float("-inf"))
-    return members, members[members[f"{metric} before"] > best_before]
-
-
-def _static(path: Path, table: pd.DataFrame, metric: str, header: Mapping[str, Any]) -> None:
+def _static(
+    path: Path, table: pd.DataFrame, metric: str, front: Collection[str], header: Mapping[str, Any]
+) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    members, front = _members_and_front(table, metric)
+    members = table[table["vector"] != "dense"].sort_values("measured ms")
+    on_front = members[members["vector"].isin(front)]
     dense = table[table["vector"] == "dense"]
     chosen = members[members["chosen"] == "*"]
     axes.plot(
         members["measured ms"], members[f"{metric} before"], "o", mfc="none", label="members of the search"
     )
     axes.step(
-        front["measured ms"], front[f"{metric} before"], "o-", where="post", label="measured front, supernet"
+        on_front["measured ms"],
+        on_front[f"{metric} before"],
+        "o-",
+        where="post",
+        label="measured front, supernet",
     )
     axes.plot(dense["measured ms"], dense[f"{metric} before"], "ks", label="dense")
     axes.plot(

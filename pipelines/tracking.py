@@ -124,7 +124,11 @@ class Tracker:
     def _send_leftovers(self) -> None:
         for outbox in sorted(self._folder.parent.glob(f"*/{OUTBOX_FILE}")):
             sent_file = outbox.with_name(SENT_FILE)
-            if outbox == self._outbox or not sent_file.is_file() or read_json(sent_file)["uri"] != self._uri:
+            if (
+                outbox == self._outbox
+                or not sent_file.is_file()
+                or read_json(sent_file).get("uri") != self._uri
+            ):
                 continue
             try:
                 earlier = Tracker(

@@ -78,7 +78,9 @@ class Report:
         front = measured_front(members, measured[1:], scores, metric)
         write_text(folder / "front.json", front.to_json())
         history = hypervolume_history(run)
-        write_plots(folder, table, metric, history, _header(run))
+        write_plots(
+            folder, table, metric, [str(member.vector) for member in front.members], history, _header(run)
+        )
         row = next(row for row in rows if row["chosen"])
         export_model(
             folder / EXPORT_FOLDER, run.model_of("finetune"), chosen,
