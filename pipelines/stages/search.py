@@ -85,7 +85,7 @@ class Search:
             "num_evaluations": len(trials),
             "num_failed": sum(trial.state == TrialState.FAIL for trial in trials),
             "num_front_members": len(front.members),
-            "hypervolume": front.hypervolume(reference),
+            "final_hypervolume": front.hypervolume(reference),
         }
 
     def score(self, run: Run) -> Mapping[str, float]:
