@@ -6,6 +6,7 @@ when ``result.json`` is in it; that file is written last, beside and then rename
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class ArtifactStore:
         """Return the finished stage, or execute it in its folder; one process at a time."""
         folder = self.folder(name, key)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        lock = acquire_lock(folder / ".lock", f"stage {name}")
+        try:
             finished = self.find(name, key)
             if finished is not None:
                 return finished
@@ -65,7 +68,28 @@ class ArtifactStore:
                 folder / RESULT_FILE,
                 {"stage": name, "key": key, "metrics": metrics, "seconds": seconds, "depends_on": depends_on},
             )
+        finally:
+            lock.release()
         return StageResult(name, key, folder, metrics, seconds, was_reused=False)
+
+
+def acquire_lock(path: Path, what: str, *, waits: bool = True) -> FileLock:
+    """Hold a lock file until it is released, or the process ends.
+
+    Where another process holds it, say so and wait for that one to end.
+
+    Raises:
+        Timeout: if another process holds it, unless `waits`.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        if not waits:
+            raise
+        logger.info("another process is at work on %s: waiting for it to end (it holds %s)", what, path)
+        lock.acquire()
+    return lock
 
 
 def content_key(depends_on: Any) -> str:

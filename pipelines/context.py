@@ -2,8 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pipelines import build
 from pipelines.artifacts import ArtifactStore, StageResult, content_key, file_digest, read_json, write_json
+from pipelines.progress import progress_bar
 from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import load_model_weights
@@ -69,7 +68,7 @@ class Run:
 
     @cached_property
     def splits(self) -> tuple[CocoInstances, CocoInstances, CocoInstances]:
-        with self.progress(None, "write the generated data") as advance:
+        with progress_bar(None, "write the generated data") as advance:
             splits = build.data_splits(self.config, advance)
         num_dropped = sum({split.annotation_file: split.num_dropped for split in splits}.values())
         if num_dropped:
@@ -123,7 +122,7 @@ class Run:
             if self._evaluated is None or self._evaluated[0] != stage:
                 self._evaluated = stage, self.model_of(stage)
             with (
-                self.progress(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance,
+                progress_bar(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance,
                 autocast(precision, self.device),
             ):
                 scores = self.task.evaluate(
@@ -139,28 +138,6 @@ class Run:
             write_json(path, known)
         scores = known[key]["scores"]
         return dict(scores)
-
-    @contextmanager
-    def progress(
-        self, total: int | None, label: str, *, unit: str = "step", initial: int = 0
-    ) -> Iterator[Callable[..., None]]:
-        """A progress bar on standard error; yields the function that advances it."""
-        with tqdm(
-            total=total,
-            desc=f"  {label}",
-            unit=unit,
-            initial=initial,
-            leave=False,
-            delay=1.0,  # what is over at once shows no bar
-            dynamic_ncols=True,
-        ) as bar:
-
-            def advance(amount: int = 1, **shown: Any) -> None:
-                bar.update(amount)
-                if shown:
-                    bar.set_postfix(shown, refresh=False)
-
-            yield advance
 
     def seed_for(self, stage: str) -> int:
         """A seed of its own for every training stage."""

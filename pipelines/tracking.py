@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from pipelines.artifacts import read_json, write_json
+from pipelines.artifacts import acquire_lock, read_json, write_json
+from pipelines.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ class Tracker:
         uri: MLflow's tracking URI.
         artifact_root: where a local store keeps its artifacts; a server chooses its own.
         experiment: MLflow's experiment.
-        lock_timeout_s: how long to wait for another process that logs the same run; -1 for ever.
+        waits: for another process that is at work on the same run; otherwise a Timeout is raised.
     """
 
     def __init__(
-        self, folder: Path, *, uri: str, artifact_root: Path, experiment: str, lock_timeout_s: float = -1
+        self, folder: Path, *, uri: str, artifact_root: Path, experiment: str, waits: bool = True
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._uri = uri
@@ -45,8 +46,7 @@ class Tracker:
         self._folder = folder
         self._outbox = folder / OUTBOX_FILE
         self._sent_file = folder / SENT_FILE
-        self._lock = FileLock(folder / ".tracking.lock", timeout=lock_timeout_s)
-        self._lock.acquire()
+        self._lock = acquire_lock(folder / ".tracking.lock", "the same run", waits=waits)
         self._events = _read_events(self._outbox)
         self._started = {event["key"] for event in self._events if event["op"] == "start"}
         self._ended = {
@@ -133,7 +133,7 @@ class Tracker:
             try:
                 earlier = Tracker(
                     outbox.parent, uri=self._uri, artifact_root=self._artifact_root,
-                    experiment=self._experiment, lock_timeout_s=0,
+                    experiment=self._experiment, waits=False,
                 )  # fmt: skip
             except Timeout:  # the run that it belongs to is still going
                 continue
@@ -161,10 +161,13 @@ class Tracker:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        from mlflow.tracking import MlflowClient
+        with progress_bar(2, "connect to MLflow", delay=0) as advance:
+            from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(tracking_uri=self._uri)
-        experiment = client.get_experiment_by_name(self._experiment)
+            advance()
+            client = MlflowClient(tracking_uri=self._uri)  # creates the tables of a new database
+            experiment = client.get_experiment_by_name(self._experiment)
+            advance()
         if experiment is None:
             is_local = not self._uri.startswith(("http://", "https://"))
             location = self._artifact_root.resolve().as_uri() if is_local else None

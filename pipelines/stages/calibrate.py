@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines import build
 from pipelines.context import Run
+from pipelines.progress import progress_bar
 from sparsevit.latency.calibration import calibrate, num_calls
 
 PREDICTOR_FILE = "latency.json"
@@ -28,7 +29,7 @@ class Calibrate:
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = build.calibration(run.config)
         backbone = build.backbone(run.config).to(run.device)
-        with run.progress(num_calls(run.space, config), "calibrate: forward passes", unit="pass") as advance:
+        with progress_bar(num_calls(run.space, config), "calibrate: forward passes", unit="pass") as advance:
             predictor = calibrate(backbone, run.config.backbone.name, run.space, config, advance)
         predictor.save(folder / PREDICTOR_FILE)
         return {

@@ -12,6 +12,7 @@ from pipelines import build
 from pipelines.artifacts import write_text
 from pipelines.context import Run
 from pipelines.plots import write_plots
+from pipelines.progress import progress_bar
 from pipelines.stages.finetune import chosen_member, front_members
 from pipelines.stages.search import STUDY_FILE, cheap_quantities, front_of, hypervolume_reference
 from search.objectives import Objective
@@ -153,7 +154,7 @@ def _measure(run: Run, vectors: Sequence[SparsityVector]) -> list[float]:
     num_rounds = run.config.report.num_rounds
     config = replace(build.calibration(run.config), num_rounds=num_rounds)
     backbone = run.task.backbone_of(run.model_of("adapt"))
-    with run.progress(num_rounds * len(vectors), "report: forward passes", unit="pass") as advance:
+    with progress_bar(num_rounds * len(vectors), "report: forward passes", unit="pass") as advance:
         latencies, _ = measure_ms(backbone, vectors, config, advance)
     return latencies
 

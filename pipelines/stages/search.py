@@ -11,6 +11,7 @@ from pipelines import build
 from pipelines.artifacts import write_text
 from pipelines.context import Run
 from pipelines.evaluation import SupernetEvaluatorFactory
+from pipelines.progress import progress_bar
 from pipelines.stages.calibrate import PREDICTOR_FILE
 from search.encoding import vector_of
 from search.engine import run_search
@@ -62,7 +63,7 @@ class Search:
         history = [trial for trial in done if trial.state == TrialState.COMPLETE]
         for trial in done:
             _log_trial(run, trial)
-        with run.progress(
+        with progress_bar(
             config.num_evaluations, "search: evaluations", unit="vector", initial=len(done)
         ) as advance:
 

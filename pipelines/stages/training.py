@@ -9,6 +9,7 @@ from torch import nn
 
 from pipelines import build
 from pipelines.context import WEIGHTS_FILE, Run
+from pipelines.progress import progress_bar
 from pipelines.schema import TrainingSchema
 from sparsevit.checkpoints import read_weights, write_weights
 from sparsevit.data.augmentation import instance_augmentation
@@ -51,7 +52,7 @@ def train_stage(
     dataset.transform = instance_augmentation(run.config.task.image_size, (low, high))
     config = build.training(stage, len(dataset))
     checkpoint = folder / "checkpoint.pt"
-    with run.progress(config.num_steps, f"{name}: training") as advance:
+    with progress_bar(config.num_steps, f"{name}: training") as advance:
         shown = 0
 
         def on_step(step: int, values: Mapping[str, float]) -> None:

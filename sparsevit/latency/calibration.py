@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from sparsevit.latency.predictor import LatencyPredictor, LatencySetting, fit_li
 from sparsevit.latency.timing import time_interleaved_ms
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
+MIN_NOISE = 0.01  # of a latency that repeats better than the additive model fits it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,16 +66,18 @@ def calibrate(
     device = next(backbone.parameters()).device
     latencies, noise = measure_ms(backbone, [*design, *held_out], config, on_call)
     fitted, unseen = latencies[: len(design)], latencies[len(design) :]
-    predictor = LatencyPredictor.fit(space, design, fitted, describe_setting(name, config, device))
+    macs = partial(count_macs, backbone.config, config.image_size)
+    predictor = LatencyPredictor.fit(
+        space, design, fitted, describe_setting(name, config, device), macs=macs, noise=max(noise, MIN_NOISE)
+    )
     if predictor.predict(space.sparsest) <= 0:
         raise ValueError(
             f"the measurements contradict each other (a median varies by {noise:.0%}): the machine is busy "
             "with something else; calibrate again when it is idle, or raise latency.num_rounds"
         )
     scores = score_predictions([predictor.predict(vector) for vector in held_out], unseen)
-    macs = [count_macs(backbone.config, config.image_size, vector) for vector in (*design, *held_out)]
-    intercept, slope = fit_line(macs[: len(design)], fitted)
-    baseline = score_predictions([intercept + slope * count for count in macs[len(design) :]], unseen)
+    intercept, slope = fit_line([macs(vector) for vector in design], fitted)
+    baseline = score_predictions([intercept + slope * macs(vector) for vector in held_out], unseen)
     scores |= {f"macs_{key}": value for key, value in baseline.items()}
     scores |= {
         "repeat_noise": noise,

@@ -3,10 +3,11 @@
 Legend: V vectors of a fit; F features, one per gene and non-zero choice.
 """
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,32 @@ class LatencyPredictor:
         vectors: Sequence[SparsityVector],
         latencies_ms: Sequence[float],
         setting: LatencySetting,
+        *,
+        macs: Callable[[SparsityVector], float],
+        noise: float,
     ) -> "LatencyPredictor":
-        """Least squares with savings that never shrink as a ratio grows (relative errors weigh equally)."""
+        """Least squares with savings that never shrink as a ratio grows (relative errors weigh equally).
+
+        What the measurements leave open follows the MACs: every step is a priori worth what the
+        straight line of latency over MACs says, give or take as much again (the most probable table
+        under Gaussian noise and prior).
+
+        Args:
+            macs: additive over the genes.
+            noise: relative standard error of a latency; the larger, the more the prior counts.
+        """
         features_VF = np.array([_steps(space, vector) for vector in vectors])
         target_V = np.array(latencies_ms)
         weights_V = 1 / target_V
         design = np.column_stack((np.ones(len(vectors)), -features_VF)) * weights_V[:, None]
-        solution = _nonnegative_least_squares(design, target_V * weights_V)
+        _, slope = fit_line([macs(vector) for vector in vectors], latencies_ms)
+        prior_F = max(slope, 0.0) * _macs_of_steps(space, macs)
+        spread_F = np.maximum(prior_F, 0.3 * prior_F.mean())
+        trust_F = noise / spread_F if prior_F.any() else np.zeros_like(prior_F)
+        prior_rows = np.column_stack((np.zeros(len(trust_F)), np.diag(trust_F)))
+        solution = _nonnegative_least_squares(
+            np.vstack((design, prior_rows)), np.concatenate((target_V * weights_V, trust_F * prior_F))
+        )
         savings = solution[1:].reshape(space.num_genes, len(space.choices) - 1).cumsum(axis=1)
         terms = tuple((0.0, *(-saving for saving in row)) for row in savings.tolist())
         return cls(space, float(solution[0]), terms, setting)
@@ -165,6 +185,18 @@ def fit_line(macs: Sequence[float], latencies_ms: Sequence[float]) -> tuple[floa
 def _steps(space: SparsitySpace, vector: SparsityVector) -> list[float]:
     """Thermometer code: for every gene and choice above the first, whether the gene reaches it."""
     return [float(ratio >= choice) for ratio in vector for choice in space.choices[1:]]
+
+
+def _macs_of_steps(space: SparsitySpace, macs: Callable[[SparsityVector], float]) -> Array:
+    """What each step of the thermometer code saves, the other genes dense."""
+    steps = []
+    for gene in range(space.num_genes):
+        swept = [
+            macs(SparsityVector(tuple(choice if i == gene else 0.0 for i in range(space.num_genes))))
+            for choice in space.choices
+        ]
+        steps += [before - after for before, after in itertools.pairwise(swept)]
+    return np.array(steps, dtype=float)
 
 
 def _spearman(first: Array, second: Array) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.run import run_pipeline
+from pipelines.workflow import run_pipeline
 from sparsevit import load_exported
 from tests.pipelines_tests.configuration import composed, tiny_run
 

@@ -26,11 +26,28 @@ def true_latency(vector: SparsityVector) -> float:
     return 50 - sum(weight * float(ratio**0.8) for weight, ratio in zip(weights, vector, strict=True))
 
 
-def fitted(noise: float = 0.0) -> LatencyPredictor:
+def macs_of_swin_t(vector: SparsityVector) -> float:
+    return count_macs(BACKBONES["swin_t"], (672, 672), vector)
+
+
+def fitted(noise: float = 0.0, trusted_noise: float | None = None) -> LatencyPredictor:
     rng = np.random.default_rng(0)
     vectors = design_vectors(SPACE, 110, torch.Generator().manual_seed(0))
     latencies = [true_latency(vector) * (1 + noise * rng.standard_normal()) for vector in vectors]
-    return LatencyPredictor.fit(SPACE, vectors, latencies, SETTING)
+    trusted_noise = trusted_noise or noise + 1e-6
+    return LatencyPredictor.fit(SPACE, vectors, latencies, SETTING, macs=macs_of_swin_t, noise=trusted_noise)
+
+
+def root_mean_square_error(predictor: LatencyPredictor) -> float:
+    generator = torch.Generator().manual_seed(9)
+    unseen = [SPACE.draw(generator) for _ in range(200)]
+    errors = [predictor.predict(vector) / true_latency(vector) - 1 for vector in unseen]
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def test_the_noisier_the_measurements_the_more_the_macs_count() -> None:
+    noisy = root_mean_square_error(fitted(noise=0.1))
+    assert noisy < 0.6 * root_mean_square_error(fitted(noise=0.1, trusted_noise=1e-6))
 
 
 def test_additive_latency_is_recovered_from_110_measurements() -> None:

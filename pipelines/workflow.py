@@ -1,0 +1,195 @@
+"""The whole way: every stage in order, each skipped when its finished result is on disk."""
+
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from pipelines import build, schema
+from pipelines.artifacts import METRICS_FILE, ArtifactStore, StageResult, content_key, write_json, write_text
+from pipelines.context import Run, Stage
+from pipelines.plots import HTML_FILE
+from pipelines.progress import progress_bar
+from pipelines.stages.adapt import Adapt
+from pipelines.stages.calibrate import Calibrate
+from pipelines.stages.finetune import Finetune
+from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
+from pipelines.stages.search import Search, cheap_quantities
+from pipelines.stages.train import Train
+from pipelines.tracking import PARENT, NoTracker, Tracker
+from search.objectives import Admission, Constraint
+from sparsevit import __version__
+
+STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
+logger = logging.getLogger(__name__)
+
+
+def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
+    """Run every stage up to `config.until` that is not finished on disk.
+
+    Raises:
+        ValueError: for bad input, before any long work.
+    """
+    build.check(config)
+    stages = _until(config.until)
+    start = time.monotonic()
+    logger.info(
+        "%s at scale %s: %s, %s", config.experiment, config.scale, config.backbone.name, build.device(config)
+    )
+    output = Path(config.output) / config.experiment
+    run = Run(config, ArtifactStore(output / "stages"), NoTracker())
+    keys = stage_keys(run, stages)
+    run_folder = output / "runs" / content_key(keys)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_text(run_folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    run.tracker = _tracker(config, run_folder)
+    if any(run.store.find(stage.name, keys[stage.name]) is None for stage in stages):
+        run.build_model(build.initial_weights(config))  # a checkpoint that does not fit fails here
+        verify_images(run)
+    run.tracker.start(PARENT, config.experiment, params=build.flat(config))
+    try:
+        for stage in _in_order(stages, config):
+            _run_stage(run, stage, keys[stage.name])
+        if not run.tracker.is_ended(PARENT):
+            run.tracker.end(PARENT)
+    except BaseException:
+        run.tracker.end(PARENT, is_success=False)
+        raise
+    finally:
+        run.tracker.close()
+    link_results(run_folder, run.results)
+    write_json(
+        run_folder / METRICS_FILE, {name: dict(result.metrics) for name, result in run.results.items()}
+    )
+    if "report" in run.results:
+        print_summary(run, time.monotonic() - start)
+    return run.results
+
+
+def stage_keys(run: Run, stages: tuple[Stage, ...]) -> dict[str, str]:
+    """The key of every stage: a hash of what it depends on and of the keys of the stages it needs."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        depends_on = {
+            "stage": stage.name,
+            "version": __version__,
+            "needs": [keys[name] for name in stage.needs],
+            **stage.depends_on(run),
+        }
+        keys[stage.name] = content_key(depends_on)
+    return keys
+
+
+def verify_images(run: Run) -> None:
+    """Look at every image before long work starts."""
+    if run.config.data.verify == "none":
+        return
+    total = sum(len(split) for split in run.splits)
+    with progress_bar(total, "check the images", unit="image") as advance:
+        for split in run.splits:
+            split.verify_images(decode=run.config.data.verify == "decode", on_image=advance)
+
+
+def link_results(run_folder: Path, results: dict[str, StageResult]) -> None:
+    """Give the run's folder a link to every stage it used."""
+    for name, result in results.items():
+        link = run_folder / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(result.folder, run_folder))
+
+
+def print_summary(run: Run, seconds: float) -> None:
+    """The table, and where to find and how to use what came out."""
+    report = run.results["report"].folder
+    metric = run.task.metric
+    table = pd.read_csv(report / TABLE_FILE, keep_default_na=True).fillna({"chosen": ""})
+    print("\nPareto front, measured (* chosen and finetuned)")
+    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    values = run.results["report"].metrics
+    print(
+        f"\nchosen: {values['chosen_speedup']:.2f}× faster than dense, {metric} "
+        f"{values[f'chosen_{metric}']:.3f} against {values[f'dense_{metric}']:.3f}"
+    )
+    print(f"report:  {report / HTML_FILE}")
+    if isinstance(run.tracker, Tracker):
+        print(f"mlflow:  mlflow ui --backend-store-uri {_tracking_uri(run.config)}")
+        if run.tracker.num_unsent:
+            print(f"         {run.tracker.num_unsent} records could not be sent; the next run sends them")
+    print("load the subnet:")
+    print("    from sparsevit import load_exported")
+    print(f"    model = load_exported({str(report / EXPORT_FOLDER)!r})")
+    print("    predictions = model([image])  # [3, H, W] in [0, 1]")
+    print(f"finished in {seconds:.0f} s")
+
+
+def _run_stage(run: Run, stage: Stage, key: str) -> None:
+    """Execute or find one stage, score it, log it, and add it to the run's results."""
+    number = [each.name for each in STAGES].index(stage.name) + 1
+    label = f"[{number}/{len(STAGES)}] {stage.name}"
+    if run.store.find(stage.name, key) is None:
+        logger.info("%s …", label)
+    run.tracker.start(stage.name, stage.name, parent=PARENT, params={"key": key})
+    depends_on = stage.depends_on(run)
+    try:
+        result = run.store.run(stage.name, key, depends_on, lambda folder: stage.execute(run, folder))
+        run.results[stage.name] = result
+        result = replace(result, metrics={**result.metrics, **stage.score(run)})
+        run.results[stage.name] = result
+    except BaseException:
+        run.tracker.end(stage.name, is_success=False)
+        raise
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    how = "skipped, finished before" if result.was_reused else f"done in {result.seconds:.0f} s"
+    logger.info("%s: %s (%s)", label, how, figures)
+    if not run.tracker.is_ended(stage.name):
+        run.tracker.log_metrics(stage.name, {**result.metrics, "seconds": result.seconds})
+        for path in sorted(result.folder.iterdir()):
+            if path.suffix in (".json", ".html", ".png", ".csv"):
+                run.tracker.log_artifact(stage.name, path)
+        run.tracker.end(stage.name)
+    run.tracker.flush()
+    if stage.name == "calibrate":
+        _require_feasible_budget(run, result)
+
+
+def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
+    """Fail as soon as the device is known, if no vector can meet the budget."""
+    bounds = build.constraints(run.config)
+    if run.config.finetune.latency_budget_ms is not None:
+        bounds.append(Constraint("latency_ms", upper=run.config.finetune.latency_budget_ms))
+    Admission(cheap_quantities(run, calibration.folder), bounds).require_feasible(run.space)
+
+
+def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[Stage]:
+    """Calibration comes first where a latency budget is set: one that nothing meets fails at once."""
+    budgets = (config.search.latency_budget_ms, config.finetune.latency_budget_ms)
+    has_budget = any(budget is not None for budget in budgets) or bool(config.search.constraints)
+    return sorted(stages, key=lambda stage: has_budget and stage.name != "calibrate")
+
+
+def _until(name: str) -> tuple[Stage, ...]:
+    names = [stage.name for stage in STAGES]
+    if name not in names:
+        raise build.ConfigurationError(f"until={name}: choose one of {', '.join(names)}")
+    return STAGES[: names.index(name) + 1]
+
+
+def _tracking_uri(config: schema.ConfigSchema) -> str:
+    if config.tracking.uri is not None:
+        return str(config.tracking.uri)
+    return f"sqlite:///{(Path(config.output) / 'mlflow.db').resolve()}"
+
+
+def _tracker(config: schema.ConfigSchema, run_folder: Path) -> Tracker | NoTracker:
+    if not config.tracking.enabled:
+        return NoTracker()
+    return Tracker(
+        run_folder,
+        uri=_tracking_uri(config),
+        artifact_root=Path(config.output) / "mlartifacts",
+        experiment=config.tracking.experiment,
+    )
