@@ -9,16 +9,11 @@ from tqdm import tqdm
 
 @contextmanager
 def progress_bar(
-    total: int | None, label: str, *, unit: str = "step", initial: int = 0, delay: float = 1.0
+    total: int | None, label: str, *, unit: str = "step", initial: int = 0
 ) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields the function that advances it.
-
-    Args:
-        delay: seconds before it shows; what is over by then shows no bar.
-    """
+    """A progress bar on standard error; yields the function that advances it."""
     with tqdm(
-        total=total, desc=f"  {label}", unit=unit, initial=initial, leave=False, delay=delay,
-        dynamic_ncols=True,
+        total=total, desc=f"  {label}", unit=unit, initial=initial, leave=False, dynamic_ncols=True,
     ) as bar:  # fmt: skip
 
         def advance(amount: int = 1, **shown: Any) -> None:

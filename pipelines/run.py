@@ -60,7 +60,7 @@ def _import_with_progress() -> None:
     They come after the configuration is composed, so that a wrong one fails at once.
     """
     missing = [name for name in SLOW_IMPORTS if name not in sys.modules]
-    with progress_bar(len(missing), "load PyTorch, Ray, Optuna", unit="library", delay=0) as advance:
+    with progress_bar(len(missing), "load PyTorch, Ray, Optuna", unit="library") as advance:
         for name in missing:
             importlib.import_module(name)
             advance()

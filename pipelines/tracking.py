@@ -161,7 +161,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        with progress_bar(2, "connect to MLflow", delay=0) as advance:
+        with progress_bar(2, "connect to MLflow") as advance:
             from mlflow.tracking import MlflowClient
 
             advance()

@@ -4,6 +4,7 @@ Crossover and mutation draw genes as SparseViT does (section 3.3) and sort every
 that each child is a canonical vector.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -70,7 +71,7 @@ def first_new(
     )
 
 
-def spread_over(
+def first_generation(
     quantity: Callable[[SparsityVector], float],
     space: SparsitySpace,
     admits: Callable[[SparsityVector], bool],
@@ -79,23 +80,47 @@ def spread_over(
     num_vectors: int,
     num_candidates: int,
 ) -> list[SparsityVector]:
-    """A first generation spread evenly over the range of a quantity.
+    """Vectors that show what each stage is worth, and spread evenly over the range of a quantity.
 
-    The uniform vectors (dense and sparsest among them) come first, then for every level the
-    closest of `num_candidates` random ones. May return fewer where the constraints leave fewer.
+    Dense and sparsest come first, then every stage alone dense and alone sparsest (crossover joins
+    what it learns from them), uniform vectors for half of the rest, and for evenly spaced levels of
+    the quantity the closest of `num_candidates` random vectors. May return fewer where the
+    constraints leave fewer.
     """
-    uniform = [space.uniform(ratio) for ratio in space.choices]
-    chosen = list(dict.fromkeys(vector for vector in uniform if admits(vector)))[:num_vectors]
+    contrasts = [space.dense, space.sparsest, *_stage_contrasts(space)]
+    chosen = [vector for vector in dict.fromkeys(contrasts) if admits(vector)][:num_vectors]
+    uniform = [vector for vector in map(space.uniform, space.choices[1:-1]) if admits(vector)]
+    chosen += _evenly(uniform, -(-(num_vectors - len(chosen)) // 2))
     candidates = {random_vector(space, rng) for _ in range(num_candidates)} - set(chosen)
     values = {vector: quantity(vector) for vector in candidates if admits(vector)}
     num_levels = min(num_vectors - len(chosen), len(values))
     if num_levels <= 0:
         return chosen
-    for level in np.linspace(min(values.values()), max(values.values()), num_levels):
-        closest = min(values, key=lambda vector: (abs(values[vector] - level), vector.ratios))
+    low, high = min(values.values()), max(values.values())
+    for level in range(num_levels):
+        wanted = low + (high - low) * (level + 0.5) / num_levels
+        closest = min(values, key=lambda vector: (abs(values[vector] - wanted), vector.ratios))
         chosen.append(closest)
         del values[closest]
     return chosen
+
+
+def _stage_contrasts(space: SparsitySpace) -> list[SparsityVector]:
+    """Every stage alone at one end of the choices, the others at the other end."""
+    contrasts = []
+    for inside, outside in ((space.dense, space.sparsest), (space.sparsest, space.dense)):
+        for stage in range(len(space.depths)):
+            parts = space.split(outside.ratios)
+            parts[stage] = space.split(inside.ratios)[stage]
+            contrasts.append(SparsityVector(tuple(itertools.chain.from_iterable(parts))))
+    return contrasts
+
+
+def _evenly(vectors: Sequence[SparsityVector], count: int) -> list[SparsityVector]:
+    """At most `count` of the vectors, evenly spaced."""
+    if count >= len(vectors):
+        return list(vectors)
+    return [vectors[int((index + 0.5) * len(vectors) / count)] for index in range(count)]
 
 
 def _changed(ratio: float, choices: Sequence[float], rng: np.random.Generator) -> float:

@@ -18,7 +18,7 @@ from search.engine import run_search
 from search.objectives import Admission, CheapQuantity, Objective
 from search.pareto import FrontMember, ParetoFront
 from search.study import REASON, counted_trials, enqueue, open_study, requeue_interrupted
-from search.variation import spread_over
+from search.variation import first_generation
 from sparsevit.backbone import BACKBONES
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.macs import count_macs
@@ -53,7 +53,7 @@ class Search:
         study = open_study(folder / STUDY_FILE, objectives, sampler)
         requeue_interrupted(study, run.space)
         if run.config.sampler.name == "nsga2":  # vectors that an earlier process enqueued are skipped
-            first = spread_over(
+            first = first_generation(
                 admission.quantities["latency_ms"], run.space, admission.admits, source.rng,
                 num_vectors=run.config.sampler.population_size, num_candidates=2000,
             )  # fmt: skip

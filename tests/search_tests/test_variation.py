@@ -8,10 +8,10 @@ import pytest
 from search.variation import (
     SearchExhausted,
     crossover,
+    first_generation,
     first_new,
     mutate,
     random_vector,
-    spread_over,
 )
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
@@ -90,19 +90,31 @@ def test_attempts_are_bounded_and_the_error_names_the_budget() -> None:
 
 
 def test_first_generation_covers_the_range() -> None:
-    vectors = spread_over(
+    vectors = first_generation(
         lambda v: 10 - sum(v), SPACE, lambda v: True, np.random.default_rng(0),
         num_vectors=30, num_candidates=2000,
     )  # fmt: skip
     assert len(set(vectors)) == 30
     assert {SPACE.uniform(ratio) for ratio in SPACE.choices} <= set(vectors)
     assert all(vector in SPACE for vector in vectors)
+    assert SparsityVector((0.0, 0.8, 0.8, 0.8, 0.8, 0.8)) in vectors
+    assert SparsityVector((0.0, 0.0, 0.8, 0.8, 0.8, 0.0)) in vectors
     values = sorted(sum(vector) for vector in vectors)
     assert max(b - a for a, b in itertools.pairwise(values)) < 0.8
 
 
+def test_a_small_first_generation_is_dense_sparsest_and_what_each_stage_is_worth() -> None:
+    vectors = first_generation(
+        sum, SPACE, lambda v: True, np.random.default_rng(0), num_vectors=12, num_candidates=200
+    )
+    assert vectors[:2] == [SPACE.dense, SPACE.sparsest]
+    assert len(set(vectors)) == 12
+    assert sum(len(set(vector)) == 1 for vector in vectors) == 3  # one uniform vector between them
+    assert sum(set(vector) == {0.0, 0.8} for vector in vectors) == 8
+
+
 def test_first_generation_respects_the_constraints() -> None:
-    vectors = spread_over(
+    vectors = first_generation(
         sum, SPACE, lambda v: sum(v) >= 4.5, np.random.default_rng(0), num_vectors=12, num_candidates=4000
     )
     assert vectors
