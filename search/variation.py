@@ -82,10 +82,10 @@ def first_generation(
 ) -> list[SparsityVector]:
     """Vectors that show what each stage is worth, and spread evenly over the range of a quantity.
 
-    Dense and sparsest come first, then every stage alone dense and alone sparsest (crossover joins
-    what it learns from them), uniform vectors for half of the rest, and for evenly spaced levels of
-    the quantity the closest of `num_candidates` random vectors. May return fewer where the
-    constraints leave fewer.
+    Dense and sparsest come first, then every stage alone dense and alone pruned (crossover joins
+    what selection learns from them), uniform vectors for half of the rest, and for evenly spaced
+    levels of the quantity the closest of `num_candidates` random vectors. May return fewer where
+    the constraints leave fewer.
     """
     contrasts = [space.dense, space.sparsest, *_stage_contrasts(space)]
     chosen = [vector for vector in dict.fromkeys(contrasts) if admits(vector)][:num_vectors]
@@ -106,9 +106,14 @@ def first_generation(
 
 
 def _stage_contrasts(space: SparsitySpace) -> list[SparsityVector]:
-    """Every stage alone at one end of the choices, the others at the other end."""
+    """Every stage dense while the others are pruned, and pruned while they are dense.
+
+    Pruned is one choice short of the sparsest: at the very end accuracy often falls off a cliff,
+    which would hide what the stage is worth.
+    """
     contrasts = []
-    for inside, outside in ((space.dense, space.sparsest), (space.sparsest, space.dense)):
+    pruned = space.uniform(space.choices[max(0, len(space.choices) - 2)])
+    for inside, outside in ((space.dense, pruned), (pruned, space.dense)):
         for stage in range(len(space.depths)):
             parts = space.split(outside.ratios)
             parts[stage] = space.split(inside.ratios)[stage]

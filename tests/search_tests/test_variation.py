@@ -97,8 +97,8 @@ def test_first_generation_covers_the_range() -> None:
     assert len(set(vectors)) == 30
     assert {SPACE.uniform(ratio) for ratio in SPACE.choices} <= set(vectors)
     assert all(vector in SPACE for vector in vectors)
-    assert SparsityVector((0.0, 0.8, 0.8, 0.8, 0.8, 0.8)) in vectors
-    assert SparsityVector((0.0, 0.0, 0.8, 0.8, 0.8, 0.0)) in vectors
+    assert SparsityVector((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)) in vectors
+    assert SparsityVector((0.0, 0.0, 0.7, 0.7, 0.7, 0.0)) in vectors
     values = sorted(sum(vector) for vector in vectors)
     assert max(b - a for a, b in itertools.pairwise(values)) < 0.8
 
@@ -110,7 +110,7 @@ def test_a_small_first_generation_is_dense_sparsest_and_what_each_stage_is_worth
     assert vectors[:2] == [SPACE.dense, SPACE.sparsest]
     assert len(set(vectors)) == 12
     assert sum(len(set(vector)) == 1 for vector in vectors) == 3  # one uniform vector between them
-    assert sum(set(vector) == {0.0, 0.8} for vector in vectors) == 8
+    assert sum(set(vector) == {0.0, 0.7} for vector in vectors) == 8
 
 
 def test_first_generation_respects_the_constraints() -> None:
