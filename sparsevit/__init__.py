@@ -1,7 +1,7 @@
 """SparseViT: Swin backbones that skip the windows that matter least."""
 
 from sparsevit.backbone import BACKBONES, SparseSwin, SwinConfig, create_backbone
-from sparsevit.checkpoints import load_backbone_weights
+from sparsevit.checkpoints import export_backbone_weights, load_backbone_weights
 from sparsevit.export import load_exported
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
@@ -14,6 +14,7 @@ __all__ = [
     "SparsityVector",
     "SwinConfig",
     "create_backbone",
+    "export_backbone_weights",
     "load_backbone_weights",
     "load_exported",
 ]

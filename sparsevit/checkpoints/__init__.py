@@ -1,7 +1,14 @@
 """Weights in and out: files that other people wrote, and our own."""
 
-from sparsevit.checkpoints.backbone import load_backbone_weights
+from sparsevit.checkpoints.backbone import export_backbone_weights, load_backbone_weights
 from sparsevit.checkpoints.files import CheckpointError, read_weights, write_weights
 from sparsevit.checkpoints.model import load_model_weights
 
-__all__ = ["CheckpointError", "load_backbone_weights", "load_model_weights", "read_weights", "write_weights"]
+__all__ = [
+    "CheckpointError",
+    "export_backbone_weights",
+    "load_backbone_weights",
+    "load_model_weights",
+    "read_weights",
+    "write_weights",
+]

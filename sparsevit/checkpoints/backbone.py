@@ -1,18 +1,31 @@
-"""Backbone weights by name, from torchvision, Microsoft (also timm) and this project."""
+"""Backbone weights in and out: other libraries' files, recognised by the names in them."""
 
+import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.checkpoints.files import Weights, mismatch_error, read_weights
+from sparsevit.checkpoints.files import CheckpointError, Weights, mismatch_error, read_weights, write_weights
+from sparsevit.checkpoints.formats import (
+    BIAS_TABLE,
+    FORMATS,
+    RECOMPUTED,
+    SwinFormat,
+    concatenated_order,
+    resize_bias_table,
+    unfold_order,
+)
+from sparsevit.windows import relative_position_index
 
-PREFIXES = ("backbone.body.", "backbone.", "")
-_RECOMPUTED = re.compile(r"relative_position_index$|attn_mask$|relative_coords_table$")
-_HEADS = re.compile(r"^(head|fpn|rpn|roi_heads|neck|classifier)\b")
+_HEADS = re.compile(
+    r"(head|classifier|decoder|fpn|neck|rpn|rpn_head|roi_head|roi_heads|aux_head|pooler|swin\.layernorm)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -21,92 +34,199 @@ class LoadReport:
 
     Attributes:
         format: how the file was recognised.
-        missing: backbone tensors that kept their initial value: norms of stages that a classifier lacks.
-        left_over: names in the file that no backbone has, such as heads.
+        prefix: what stood before the backbone's names.
+        missing: our tensors that kept their values: norms of stages that a classifier lacks.
+        resized: our bias tables that were resampled from another window size.
+        left_over: names in the file that no backbone has, such as heads and recomputable buffers.
     """
 
     format: str
+    prefix: str
     missing: tuple[str, ...]
+    resized: tuple[str, ...]
     left_over: tuple[str, ...]
 
 
-def load_backbone_weights(backbone: SparseSwin, path: str | Path) -> LoadReport:
+@dataclass(frozen=True)
+class _Match:
+    """A reading of a file: one format under one prefix, and where it finds each of our tensors."""
+
+    format: SwinFormat
+    prefix: str
+    found: Mapping[str, tuple[str, ...]]
+    absent: Mapping[str, tuple[str, ...]]
+
+
+def load_backbone_weights(backbone: SparseSwin, path: str | Path, *, prefix: str | None = None) -> LoadReport:
     """Load a checkpoint into `backbone`, whatever library wrote it.
 
+    Known are this project, torchvision, timm, Microsoft (classification and detection), Hugging Face
+    (also a ``save_pretrained`` folder) and mmdet, mmseg and the SparseViT release. The bias tables of
+    another window size are resampled bicubically. On an error the backbone keeps its weights.
+
+    Args:
+        prefix: of the backbone's names, where a file holds several backbones.
+
     Raises:
-        CheckpointError: if the file is unusable, or of another architecture: names or shapes that
-            do not match are listed.
+        CheckpointError: if the file is unusable, ambiguous or of another architecture: names or
+            shapes that do not match are listed.
     """
     path = Path(path)
     weights = read_weights(path)
     own = backbone.state_dict()
-    format_name, renamed, left_over = recognise(weights, len(backbone.depths))
-    unknown = sorted(name for name in renamed if name not in own)
+    match = _recognise(weights, own, len(backbone.depths), prefix, path)
+    renamed = {name: _gather(match.format, name, weights, theirs) for name, theirs in match.found.items()}
+    resized = []
+    for name, value in renamed.items():
+        if name.endswith(BIAS_TABLE) and value.shape[0] != own[name].shape[0] and _is_square(value.shape[0]):
+            renamed[name] = resize_bias_table(value, own[name].shape[0])
+            resized.append(name)
     wrong_shape = [
         f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here"
-        for name, value in sorted(renamed.items())
-        if name in own and value.shape != own[name].shape
+        for name, value in renamed.items()
+        if value.shape != own[name].shape
     ]
-    missing = sorted(name for name in own if name not in renamed)
-    essential = [name for name in missing if not name.startswith("norms.")]
-    if unknown or wrong_shape or essential:
+    consumed = {theirs for names in match.found.values() for theirs in names}
+    rest = [name for name in weights if name not in consumed]
+    unexpected = [
+        name
+        for name in rest
+        if name.startswith(match.prefix)
+        and not RECOMPUTED.search(name)
+        and not _HEADS.match(name.removeprefix(match.prefix))
+    ]
+    missing = [name for name in own if name not in match.found]
+    essential = [" + ".join(match.absent[name]) for name in missing if not name.startswith("norms.")]
+    if unexpected or wrong_shape or essential:
         raise mismatch_error(
-            f"{path} is not a checkpoint of this backbone",
-            unexpected=unknown,
+            f"{path} is not a checkpoint of this backbone (read as {match.format.name}, prefix "
+            f"{match.prefix!r})",
+            unexpected=unexpected,
             missing=essential,
             wrong_shape=wrong_shape,
         )
-    backbone.load_state_dict(renamed, strict=False)
-    return LoadReport(format_name, tuple(missing), tuple(left_over))
+    with torch.no_grad():
+        for name, value in renamed.items():
+            own[name].copy_(value)
+    return LoadReport(match.format.name, match.prefix, tuple(missing), tuple(resized), tuple(rest))
 
 
-def recognise(weights: Mapping[str, Tensor], num_stages: int) -> tuple[str, Weights, list[str]]:
-    """Format, weights under our names, and names that are no backbone's."""
-    prefix = next(
-        prefix
-        for prefix in PREFIXES
-        if prefix == ""
-        or any(name.startswith((f"{prefix}patch_embed.", f"{prefix}features.0.")) for name in weights)
-    )
-    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    left_over = [name for name in weights if not name.startswith(prefix)]
-    if any(name.startswith("features.0.") for name in inside):
-        format_name, rename = "torchvision", _from_torchvision
-    elif any(name.startswith("layers.") for name in inside):
-        format_name, rename = "microsoft", _from_microsoft
+def export_backbone_weights(backbone: SparseSwin, path: str | Path, format: str) -> tuple[str, ...]:
+    """Write the weights as another library names and orders them; `load_backbone_weights` reads them back.
+
+    Args:
+        path: ``.safetensors``, or ``.pth`` for a pickled state dict. For ``huggingface`` a folder,
+            which ``SwinBackbone.from_pretrained`` loads.
+        format: ``torchvision``, ``timm``, ``huggingface``, ``mmdet``, ``microsoft`` or ``sparsevit``.
+
+    Returns:
+        Our tensors that the library has no place for: a classifier lacks the norms of all stages
+        but the last.
+
+    Raises:
+        ValueError: for an unknown format, listing the known ones.
+    """
+    path = Path(path)
+    known = {each.name: each for each in reversed(FORMATS)}
+    if format not in known:
+        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(sorted(known))}")
+    target = known[format]
+    left_out = []
+    weights: Weights = {}
+    for name, value in backbone.state_dict().items():
+        theirs = target.names(name, len(backbone.depths))
+        if not theirs:
+            left_out.append(name)
+            continue
+        if target.unfolds and name.startswith("downsamples."):
+            value = unfold_order(value)
+        weights |= {each: part.clone() for each, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
+        if name.endswith(BIAS_TABLE) and target.index is not None:
+            index = relative_position_index(backbone.config.window_size, value.device)
+            buffer = theirs[0].removesuffix("_bias_table") + "_index"
+            weights[buffer] = (index.flatten() if target.index == "flat" else index).clone()
+    if format == "huggingface":
+        last = f"norms.{len(backbone.depths) - 1}"
+        for leaf in ("weight", "bias"):  # SwinBackbone has it, and does not use it
+            weights[f"swin.layernorm.{leaf}"] = backbone.state_dict()[f"{last}.{leaf}"].clone()
+        _write_huggingface(path, weights, backbone)
     else:
-        format_name, rename = "sparsevit", _unchanged
-    renamed: Weights = {}
-    for name, value in inside.items():
-        if _RECOMPUTED.search(name):
-            continue
-        if _HEADS.match(name):
-            left_over.append(prefix + name)
-            continue
-        renamed[rename(name, num_stages)] = value
-    return format_name, renamed, left_over
+        write_weights(path, weights)
+    return tuple(left_out)
 
 
-def _unchanged(name: str, num_stages: int) -> str:
-    return name
+def _recognise(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], num_stages: int, prefix: str | None, path: Path
+) -> _Match:
+    """The reading of the file that finds most of our tensors."""
+    matches = [
+        _match(each, found_prefix, weights, own, num_stages)
+        for each in FORMATS
+        for found_prefix in (_prefixes(each, weights) if prefix is None else (prefix,))
+    ]
+    most = max((len(match.found) for match in matches), default=0)
+    if most == 0:
+        raise mismatch_error(
+            f"{path} holds no Swin backbone" + ("" if prefix is None else f" under the prefix {prefix!r}"),
+            unexpected=list(weights),
+            missing=[],
+            wrong_shape=[],
+        )
+    best = {frozenset(match.found.values()): match for match in reversed(matches) if len(match.found) == most}
+    if len(best) > 1:
+        prefixes = sorted({match.prefix for match in best.values()})
+        raise CheckpointError(
+            f"{path} holds several backbones; choose one by prefix=: {', '.join(map(repr, prefixes))}"
+        )
+    return next(iter(best.values()))
 
 
-def _from_torchvision(name: str, num_stages: int) -> str:
-    """``features.(2i+1).j`` is block j of stage i, ``features.(2i+2)`` the merging after it."""
-    name = re.sub(r"^norm\.", f"norms.{num_stages - 1}.", name)
-    name = name.replace("features.0.0.", "patch_embed.proj.").replace("features.0.2.", "patch_embed.norm.")
-    name = re.sub(r"\.mlp\.0\.", ".mlp.fc1.", name)
-    name = re.sub(r"\.mlp\.3\.", ".mlp.fc2.", name)
-    matched = re.match(r"features\.(\d+)\.(.*)", name)
-    if matched is None:
-        return name
-    index, rest = int(matched[1]), matched[2]
-    return f"stages.{index // 2}.blocks.{rest}" if index % 2 else f"downsamples.{index // 2 - 1}.{rest}"
+def _prefixes(format: SwinFormat, weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """What stands before the patch embedding's name, wherever it occurs."""
+    (anchor,) = format.names("patch_embed.proj.weight", 1)
+    for name in weights:
+        if name == anchor or name.endswith("." + anchor):
+            yield name.removesuffix(anchor)
 
 
-def _from_microsoft(name: str, num_stages: int) -> str:
-    """``layers.i.blocks.j`` and ``layers.i.downsample``; detection adds ``norm0`` to ``norm3``."""
-    name = re.sub(r"^norm\.", f"norms.{num_stages - 1}.", name)
-    name = re.sub(r"^norm(\d)\.", r"norms.\1.", name)
-    name = re.sub(r"^layers\.(\d+)\.downsample\.", r"downsamples.\1.", name)
-    return re.sub(r"^layers\.(\d+)\.", r"stages.\1.", name)
+def _match(
+    format: SwinFormat, prefix: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], num_stages: int
+) -> _Match:
+    found, absent = {}, {}
+    for name in own:
+        theirs = tuple(prefix + each for each in format.names(name, num_stages))
+        if theirs and all(each in weights for each in theirs):
+            found[name] = theirs
+        else:
+            absent[name] = theirs
+    return _Match(format, prefix, found, absent)
+
+
+def _gather(format: SwinFormat, name: str, weights: Mapping[str, Tensor], theirs: tuple[str, ...]) -> Tensor:
+    value = weights[theirs[0]] if len(theirs) == 1 else torch.cat([weights[each] for each in theirs])
+    if format.unfolds and name.startswith("downsamples.") and value.shape[-1] % 4 == 0:
+        return concatenated_order(value)
+    return value
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
+
+
+def _write_huggingface(folder: Path, weights: Weights, backbone: SparseSwin) -> None:
+    """What ``save_pretrained`` writes: the weights, and a configuration that builds the network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = backbone.config
+    content = {
+        "model_type": "swin",
+        "architectures": ["SwinBackbone"],
+        "embed_dim": config.embed_dim,
+        "depths": list(config.depths),
+        "num_heads": list(config.num_heads),
+        "window_size": config.window_size,
+        "patch_size": config.patch_size,
+        "mlp_ratio": config.mlp_ratio,
+        "out_features": [f"stage{stage + 1}" for stage in range(len(config.depths))],
+    }
+    write_weights(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps(content, indent=2))

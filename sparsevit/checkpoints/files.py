@@ -1,16 +1,19 @@
 """Weight files: read safely, written all or nothing."""
 
+import json
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+_WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
 
 
 class CheckpointError(ValueError):
@@ -31,32 +34,27 @@ def mismatch_error(
 
 
 def read_weights(path: Path) -> Weights:
-    """Read ``.safetensors``, or a pickle by ``torch.load(weights_only=True)``.
+    """Read ``.safetensors``, a pickle by ``torch.load(weights_only=True)``, or a folder of either.
 
-    Dictionaries that wrap the weights under ``model``, ``state_dict`` or ``module`` are unwrapped,
-    and the prefix ``module.`` is cut off.
+    Tensors are mapped from disk where the file allows it, so that loading needs no second copy in
+    memory. A folder is one of Hugging Face's ``save_pretrained``, in one file or in shards.
+    Dictionaries that wrap the weights (averaged ones are preferred) are unwrapped, and the prefix
+    ``module.`` is cut off.
 
     Raises:
         CheckpointError: if the file is missing, corrupt, needs code to load, or holds no tensors.
     """
-    if not path.is_file():
+    if path.is_dir():
+        content: Any = {}
+        for file in _files_of_folder(path):
+            content |= _read_file(file)
+    elif path.is_file():
+        content = _read_file(path)
+    else:
         raise CheckpointError(f"the checkpoint {path} does not exist")
-    try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not loadable with weights_only=True, or is corrupt: save its state_dict alone, "
-            f"best as .safetensors ({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(f"{path} is corrupt or no weight file: {error}") from error
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in ("model", "state_dict", "module") if key in content), None)
-        if not isinstance(inner, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
             break
         content = inner
     if not isinstance(content, Mapping):
@@ -71,8 +69,44 @@ def read_weights(path: Path) -> Weights:
     return weights
 
 
+def _files_of_folder(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} is not an index of shards: {error}") from error
+            missing = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
+            if missing:
+                raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}")
+            return [folder / Path(shard).name for shard in shards]
+    raise CheckpointError(
+        f"the folder {folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards"
+    )
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not loadable with weights_only=True, or is corrupt: save its state_dict alone, "
+            f"best as .safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{path} is corrupt or no weight file: {error}") from error
+
+
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-    """Write ``.safetensors``; floating-point tensors are converted to `dtype` if it is given."""
+    """Write ``.safetensors``, or a pickled state dict for any other suffix, all or nothing.
+
+    Floating-point tensors are converted to `dtype` if it is given.
+    """
     converted = {
         name: (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
         for name, value in weights.items()
@@ -80,6 +114,10 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], *, dtype: torch.dty
     partial = path.with_name(path.name + ".partial")
     partial.touch()
     mode = partial.stat().st_mode
-    save_file({name: value.cpu() for name, value in converted.items()}, partial)
+    on_cpu = {name: value.cpu() for name, value in converted.items()}
+    if path.suffix == ".safetensors":
+        save_file(on_cpu, partial)
+    else:
+        torch.save(on_cpu, partial)
     partial.chmod(mode)  # safetensors lets only the owner read; an output folder may be shared
     os.replace(partial, path)

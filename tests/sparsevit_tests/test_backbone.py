@@ -6,15 +6,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone
-from sparsevit.checkpoints.backbone import recognise
+from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone, load_backbone_weights
 from tests.oracles.swin_loops import loop_forward
 
 TINY = SwinConfig(embed_dim=8, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
 
 
 @pytest.fixture(scope="module")
-def swin_t_pair() -> tuple[SparseSwin, nn.Module]:
+def swin_t_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseSwin, nn.Module]:
     """Our Swin-T and torchvision's, with the same random weights."""
     torch.manual_seed(0)
     theirs = torchvision.models.swin_t(weights=None).eval()
@@ -22,8 +21,9 @@ def swin_t_pair() -> tuple[SparseSwin, nn.Module]:
         if parameter.ndim == 1:  # norms and biases start as ones and zeros: too easy
             nn.init.normal_(parameter, mean=parameter.detach().mean().item(), std=0.1)
     ours = create_backbone("swin_t").eval()
-    _, weights, _ = recognise(theirs.state_dict(), 4)
-    ours.load_state_dict(weights, strict=False)
+    path = tmp_path_factory.mktemp("swin_t") / "torchvision.pth"
+    torch.save(theirs.state_dict(), path)
+    load_backbone_weights(ours, path)
     return ours, theirs
 
 

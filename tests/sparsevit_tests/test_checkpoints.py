@@ -43,7 +43,8 @@ def test_torchvision_classifier(tmp_path: Path) -> None:
     backbone = create_backbone("swin_t")
     report = load_backbone_weights(backbone, tmp_path / "swin.pth")
     assert report.format == "torchvision"
-    assert set(report.left_over) == {"head.weight", "head.bias"}
+    heads = {name for name in report.left_over if not name.endswith("relative_position_index")}
+    assert heads == {"head.weight", "head.bias"}
     assert all(name.startswith("norms.") for name in report.missing)
     for mine, its in (
         ("stages.2.blocks.5.attn.qkv.weight", "features.5.5.attn.qkv.weight"),
@@ -124,7 +125,7 @@ def test_backbone_of_another_size_lists_the_shapes(tmp_path: Path) -> None:
 
 def test_another_network_altogether(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(CheckpointError, match=r"Unexpected: .* Missing: "):
+    with pytest.raises(CheckpointError, match="holds no Swin backbone. Unexpected: conv1.weight"):
         load_backbone_weights(create_backbone("swin_t"), tmp_path / "resnet.pth")
 
 
