@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsevit.linear import is_fused, linear
 from sparsevit.windows import relative_position_index
 
 MASKED_LOGIT = -100.0
@@ -37,9 +38,26 @@ class WindowAttention(nn.Module):
 
     def forward(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
         """Attend inside windows: [P, N, C] and a bias that broadcasts to [P, heads, N, N]."""
+        return linear(self.attend(x_PNC, logit_bias), self.proj)
+
+    def attend(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
+        """All but the output projection."""
         num_windows, num_positions, channels = x_PNC.shape
-        qkv = self.qkv(x_PNC).view(num_windows, num_positions, 3, self.num_heads, -1)
+        qkv = linear(x_PNC, self.qkv).view(num_windows, num_positions, 3, self.num_heads, -1)
+        logit_bias = logit_bias.to(qkv.dtype)
+        if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
+            return _attend_by_products(qkv, logit_bias)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias.to(query.dtype))
-        out: Tensor = self.proj(attended.transpose(1, 2).reshape(num_windows, num_positions, channels))
-        return out
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
+        return attended.transpose(1, 2).reshape(num_windows, num_positions, channels)
+
+
+def _attend_by_products(qkv: Tensor, logit_bias: Tensor) -> Tensor:
+    """Attention as two batched products: on CPUs, PyTorch's fused kernel is slower than that in bf16."""
+    num_windows, num_positions, _, num_heads, width = qkv.shape
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).reshape(3, -1, num_positions, width)
+    bias = logit_bias.expand(num_windows, -1, -1, -1).reshape(-1, num_positions, num_positions)
+    logits = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=width**-0.5)
+    attended = torch.bmm(torch.softmax(logits, dim=-1), value)
+    attended = attended.view(num_windows, num_heads, num_positions, width)
+    return attended.transpose(1, 2).reshape(num_windows, num_positions, -1)

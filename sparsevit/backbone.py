@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit.block import KeptWindows, SwinBlock
+from sparsevit.linear import linear
 from sparsevit.scoring import rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
 from sparsevit.windows import effective_shift, window_grid
@@ -69,8 +70,7 @@ class PatchMerging(nn.Module):
         if height % 2 or width % 2:
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, width % 2, 0, height % 2))
         corners = [x_BHWC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        merged: Tensor = self.reduction(self.norm(torch.cat(corners, dim=-1)))
-        return merged
+        return linear(self.norm(torch.cat(corners, dim=-1)), self.reduction)
 
 
 class SparseStage(nn.Module):

@@ -1,0 +1,138 @@
+"""Linear layers joined with what follows them, for inference on a CPU.
+
+oneDNN computes bias, GELU and the residual sum inside the matrix product, which saves as many
+passes over memory, and multiplies faster by a weight that was packed for it beforehand. PyTorch
+reaches it through the operators that its compiler uses. Everywhere else (training, accelerators,
+tracing, other dtypes) these functions are the plain layers.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16)
+_NUM_SAMPLES = 64
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """``layer(x)``."""
+    if not _serves(layer, x):
+        return _plain(x, layer)
+    return _fused(x, layer, "none")
+
+
+def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """``gelu(layer(x))``."""
+    if not _serves(layer, x):
+        return F.gelu(_plain(x, layer))
+    return _fused(x, layer, "gelu")
+
+
+def linear_add(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
+    """``residual + layer(x)``."""
+    if not _serves(layer, x):
+        return residual + _plain(x, layer)
+    if residual.dtype != x.dtype:
+        return residual + _fused(x, layer, "none")
+    rows = residual.reshape(-1, residual.shape[-1])
+    weight = _packed(layer.weight, x.dtype)
+    out: Tensor = _operator().binary(
+        x.reshape(-1, x.shape[-1]), rows, weight, _cast(layer.bias, x.dtype), "add"
+    )
+    return out.view(residual.shape)
+
+
+def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the joined operators serve a computation on a device in a dtype, here and now."""
+    return (
+        device.type == "cpu"
+        and dtype in FUSED_DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and has_operators()
+    )
+
+
+@lru_cache(maxsize=1)
+def has_operators() -> bool:
+    """Whether this PyTorch has the operators, and they compute what they should."""
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(size, generator=generator) for size in ((5, 8), (8, 8), (8,), (5, 8))
+    )
+    expected = F.linear(x, weight, bias)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        gelu = _operator()(x, packed, bias, "gelu", [], "none")
+        added = _operator().binary(x, residual, packed, bias, "add")
+    except (RuntimeError, TypeError, AttributeError):  # another release's signature
+        return False
+    return torch.allclose(gelu, F.gelu(expected), atol=1e-5) and torch.allclose(
+        added, residual + expected, atol=1e-5
+    )
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A packed weight, and how to notice that the weight it was made of has changed."""
+
+    weight: Tensor
+    version: tuple[int, int]
+    sample: Tensor
+
+
+_packed_weights: dict[torch.dtype, WeakTensorKeyDictionary] = {}
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in the layout that oneDNN multiplies fastest by, kept until the weight changes.
+
+    A change is seen by PyTorch's version counter, or, where code writes around it
+    (``weight.data``), by a sample of the values.
+    """
+    if weight.is_inference():  # has no version counter
+        return weight.to(dtype)
+    cache: Any = _packed_weights.setdefault(dtype, WeakTensorKeyDictionary())
+    known: _Packed | None = cache.get(weight)
+    version = (weight.data_ptr(), weight._version)
+    sample = weight.detach().view(-1)[:: max(1, weight.numel() // _NUM_SAMPLES)]
+    if known is None or known.version != version or not torch.equal(known.sample, sample):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
+        known = _Packed(packed, version, sample.clone())
+        cache[weight] = known
+    return known.weight
+
+
+def _serves(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `layer` is a weight and a bias and nothing else: no hook, adapter or parametrization."""
+    is_bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return is_bare and is_fused(x.device, x.dtype)
+
+
+def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
+    out: Tensor = _operator()(
+        x, _packed(layer.weight, x.dtype), _cast(layer.bias, x.dtype), activation, [], "none"
+    )
+    return out
+
+
+def _plain(x: Tensor, layer: nn.Linear) -> Tensor:
+    out: Tensor = layer(x)
+    return out
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+def _operator() -> Any:
+    return torch.ops.mkldnn._linear_pointwise

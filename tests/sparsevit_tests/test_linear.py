@@ -1,0 +1,130 @@
+"""The joined CPU operators compute what the plain layers do, and notice when weights change."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from sparsevit import SparseSwin, SwinConfig, block
+from sparsevit.linear import has_operators, is_fused, linear, linear_add, linear_gelu
+
+TINY = SwinConfig(embed_dim=16, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
+pytestmark = pytest.mark.skipif(not has_operators(), reason="this PyTorch has no joined operators")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_the_plain_layers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40).to(dtype)
+    x, residual = torch.randn(3, 7, 24).to(dtype), torch.randn(3, 7, 40).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        assert is_fused(x.device, dtype)
+        for mine, plain in (
+            (linear(x, layer), layer(x)),
+            (linear_gelu(x, layer), F.gelu(layer(x))),
+            (linear_add(x, layer, residual), residual + layer(x)),
+            (linear_add(x, layer, residual.double()), residual.double() + layer(x)),
+        ):
+            assert mine.dtype == plain.dtype
+            torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_layer_without_bias() -> None:
+    layer, x = nn.Linear(24, 40, bias=False), torch.randn(5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, layer), layer(x))
+
+
+def step(layer: nn.Linear) -> None:
+    with torch.enable_grad():
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        layer(torch.ones(2, 24)).sum().backward()
+        optimizer.step()
+
+
+def replace(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        step,
+        replace,
+        lambda layer: layer.weight.mul_(2),
+        lambda layer: layer.weight.data.mul_(2),
+        lambda layer: setattr(layer.weight, "data", torch.randn_like(layer.weight)),
+        lambda layer: layer.load_state_dict(nn.Linear(24, 40).state_dict()),
+        lambda layer: layer.weight.detach().numpy().fill(3.0),
+    ],
+)
+def test_changed_weight_is_noticed(change: Callable[[nn.Linear], object]) -> None:
+    layer, x = nn.Linear(24, 40), torch.randn(5, 24)
+    with torch.no_grad():
+        before = linear(x, layer)
+        change(layer)
+        after = linear(x, layer)
+        torch.testing.assert_close(after, layer(x))
+        assert not torch.allclose(before, after)
+
+
+def test_hooks_and_parametrizations_are_respected() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    x = torch.randn(5, 24)
+    hooked, parametrized = nn.Linear(24, 40), nn.Linear(24, 40)
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    parametrize.register_parametrization(parametrized, "weight", Doubled())
+    with torch.no_grad():
+        for layer in (hooked, parametrized):
+            torch.testing.assert_close(linear(x, layer), layer(x))
+
+
+def random_backbone() -> SparseSwin:
+    torch.manual_seed(3)
+    backbone = SparseSwin(TINY).eval()
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return backbone
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [(64, 64), (52, 90)])
+def test_chunked_inference_equals_the_plain_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, seed: int, size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(block, "CHUNK_BYTES", 3 * 16 * 64 * 4)  # three windows of the first stage
+    backbone = random_backbone()
+    generator = torch.Generator().manual_seed(seed)
+    vector = backbone.space.draw(generator) if seed else backbone.space.dense
+    images = torch.randn(3, 3, *size, generator=generator)
+    plain = backbone(images, vector)
+    with torch.inference_mode():
+        for mine, expected in zip(backbone(images, vector), plain, strict=True):
+            torch.testing.assert_close(mine, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_bf16_inference_is_as_close_to_fp32_as_the_plain_forward_pass(is_autocast: bool) -> None:
+    backbone = random_backbone()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact = backbone(images)[-1].detach()
+    low = backbone if is_autocast else copy.deepcopy(backbone).bfloat16()
+    low_images = images if is_autocast else images.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        plain = low(low_images)[-1].detach()
+        with torch.no_grad():
+            mine = low(low_images)[-1]
+    assert mine.dtype == plain.dtype
+
+    def error(feature: Tensor) -> float:
+        return float((feature.float() - exact).norm() / exact.norm())
+
+    assert error(mine) < 1.2 * error(plain) + 1e-3
