@@ -9,6 +9,7 @@ Legend: B images; H, W token grid; L = H · W; C channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 
 from sparsevit.block import KeptWindows, SwinBlock
 from sparsevit.linear import linear
-from sparsevit.scoring import rank_windows, score_tokens, select_windows
+from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
 from sparsevit.windows import effective_shift, window_grid
+
+Pruned = Literal["identity", "zero"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ BACKBONES = {
     "swin_b_window12": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12),
     "swin_l_window12": SwinConfig(192, (2, 2, 18, 2), (6, 12, 24, 48), window_size=12),
 }
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """A feature map that the backbone returns: its channels, and input pixels per pixel of it."""
+
+    num_channels: int
+    stride: int
 
 
 class PatchEmbedding(nn.Module):
@@ -76,10 +87,14 @@ class PatchMerging(nn.Module):
 class SparseStage(nn.Module):
     """Blocks on one token grid. Scores are taken once, where the first pruned block begins."""
 
-    def __init__(self, blocks: Sequence[SwinBlock], window_size: int) -> None:
+    def __init__(
+        self, blocks: Sequence[SwinBlock], window_size: int, *, score: Score, pruned: Pruned
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.window_size = window_size
+        self.score = score
+        self.pruned = pruned
 
     def forward(self, x_BHWC: Tensor, ratios: Sequence[float]) -> Tensor:
         """Run every block on the windows that its pair's ratio keeps.
@@ -103,11 +118,16 @@ class SparseStage(nn.Module):
             kept_BK: Tensor | None = None
             if ratios[index // 2] > 0:
                 if scores_BL is None:
-                    scores_BL = score_tokens(x_RC[:num_rows].view(num_images, -1, channels))
+                    tokens_BLC = x_RC[:num_rows].view(num_images, -1, channels)
+                    scores_BL = score_tokens(tokens_BLC, self.score)
                 if shift not in rankings:
                     rankings[shift] = rank_windows(scores_BL, grid)
                 kept_BK = select_windows(rankings[shift], ratios[index // 2])
-            x_RC = block(x_RC, KeptWindows.gather(grid, kept_BK, num_images))
+            windows = KeptWindows.gather(grid, kept_BK, num_images)
+            x_RC = block(x_RC, windows)
+            if kept_BK is not None and self.pruned == "zero":
+                is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_BKN.flatten(), 1.0)
+                x_RC = x_RC * is_kept_R1
         return x_RC[:num_rows].view(num_images, height, width, channels)
 
 
@@ -116,17 +136,44 @@ class SparseSwin(nn.Module):
 
     Args:
         config: shape of the network.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        drop_path_rate: stochastic depth of the last block in training; it grows linearly from 0.
+        score: what makes a window important: ``mean_abs`` (as released), ``l2`` (as in the paper's
+            text), ``random`` (for ablations), or a function from tokens [B, L, C] to [B, L].
+        pruned: what a pruned window keeps: ``identity`` leaves it as it is (the paper), ``zero``
+            clears it.
+        frozen_stages: 0 freezes the patch embedding, n also the first n stages with their norms;
+            -1 nothing. Frozen parts need no gradient and stay in evaluation mode.
+        checkpoints: in training, keep each block's input alone and compute the rest again in the
+            backward pass: much less memory for about a third more time.
 
     Attributes:
         num_channels: channels of every stage's output.
         strides: input pixels per output pixel, for every stage.
+
+    Raises:
+        ValueError: for an unknown choice or a number out of range, naming what is possible.
     """
 
-    def __init__(self, config: SwinConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: SwinConfig,
+        drop_path_rate: float = 0.0,
+        *,
+        score: str | Score = "mean_abs",
+        pruned: Pruned = "identity",
+        frozen_stages: int = -1,
+        checkpoints: bool = False,
+    ) -> None:
         super().__init__()
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
+        if pruned not in get_args(Pruned):
+            raise ValueError(f"unknown {pruned=}; choose one of {', '.join(get_args(Pruned))}")
+        if not -1 <= frozen_stages <= len(config.depths):
+            raise ValueError(f"frozen_stages lies in -1 … {len(config.depths)}, got {frozen_stages}")
         self.config = config
         self.depths = config.depths
+        self.frozen_stages = frozen_stages
         self.num_channels = tuple(config.embed_dim * 2**stage for stage in range(len(config.depths)))
         self.strides = tuple(config.patch_size * 2**stage for stage in range(len(config.depths)))
         last = sum(config.depths) - 1
@@ -136,19 +183,44 @@ class SparseSwin(nn.Module):
             SparseStage(
                 [
                     SwinBlock(
-                        channels, num_heads, config.window_size, config.mlp_ratio, next(drop_path_rates)
+                        channels, num_heads, config.window_size, config.mlp_ratio, next(drop_path_rates),
+                        checkpoints=checkpoints,
                     )
                     for _ in range(depth)
                 ],
                 config.window_size,
+                score=find_score(score),
+                pruned=pruned,
             )
             for channels, depth, num_heads in zip(
                 self.num_channels, config.depths, config.num_heads, strict=True
             )
-        )
+        )  # fmt: skip
         self.downsamples = nn.ModuleList(PatchMerging(channels) for channels in self.num_channels[:-1])
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.num_channels)
         self.apply(_initialize)
+        for module in self._frozen():
+            module.requires_grad_(False)
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """What a neck needs to know of every feature map, highest resolution first."""
+        return tuple(map(FeatureInfo, self.num_channels, self.strides))
+
+    def train(self, mode: bool = True) -> Self:
+        """As in every module, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        """The modules that are not trained; a merging is frozen with the stage that it leads to."""
+        if self.frozen_stages < 0:
+            return []
+        count = self.frozen_stages
+        merging = self.downsamples[: max(0, count - 1)]
+        return [self.patch_embed, *self.stages[:count], *self.norms[:count], *merging]
 
     @property
     def space(self) -> SparsitySpace:
@@ -158,16 +230,22 @@ class SparseSwin(nn.Module):
     def forward(self, images: Tensor, sparsity: SparsityVector | None = None) -> list[Tensor]:
         """Compute one feature map per stage, after its norm.
 
+        Images do not influence each other. Non-finite pixels are not looked for: they spread through
+        the features of their own image.
+
         Args:
-            images: [B, 3, h, w], at least one patch in each direction.
+            images: [B, 3, h, w], floating point, at least one patch in each direction; what is left
+                of the last patch is cut off.
             sparsity: ratios per pair of blocks; dense if None.
 
         Returns:
             [B, C, H, W] per stage, channels last in memory.
 
         Raises:
-            ValueError: if the vector does not fit the depths of this backbone.
+            ValueError: if the images have another shape or dtype, or the vector does not fit the
+                depths of this backbone.
         """
+        self._check(images)
         space = self.space
         if sparsity is None:
             sparsity = space.dense
@@ -181,16 +259,45 @@ class SparseSwin(nn.Module):
                 x_BHWC = self.downsamples[index](x_BHWC)
         return features
 
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are a batch [B, 3, h, w], got the shape {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"images are floating point and normalised, got {images.dtype}")
+        if images.shape[0] == 0:
+            raise ValueError("the batch holds no image")
+        patch = self.config.patch_size
+        if min(images.shape[2:]) < patch:
+            raise ValueError(
+                f"an image of {images.shape[2]}×{images.shape[3]} pixels is smaller than a patch of "
+                f"{patch}×{patch}"
+            )
 
-def create_backbone(name: str, *, drop_path_rate: float = 0.0) -> SparseSwin:
-    """Build a backbone by name, randomly initialised.
+
+def create_backbone(
+    name: str,
+    *,
+    drop_path_rate: float = 0.0,
+    score: str | Score = "mean_abs",
+    pruned: Pruned = "identity",
+    frozen_stages: int = -1,
+    checkpoints: bool = False,
+) -> SparseSwin:
+    """Build a backbone by name, randomly initialised. The options are those of `SparseSwin`.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
-    return SparseSwin(BACKBONES[name], drop_path_rate)
+    return SparseSwin(
+        BACKBONES[name],
+        drop_path_rate,
+        score=score,
+        pruned=pruned,
+        frozen_stages=frozen_stages,
+        checkpoints=checkpoints,
+    )
 
 
 def _initialize(module: nn.Module) -> None:

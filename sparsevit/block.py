@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
 from sparsevit.attention import WindowAttention
@@ -94,13 +95,26 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """LN, window attention, LN, MLP, each with a residual, on the kept windows only."""
+    """LN, window attention, LN, MLP, each with a residual, on the kept windows only.
+
+    Args:
+        drop_path_rate: stochastic depth in training.
+        checkpoints: in training, compute the intermediates again in the backward pass.
+    """
 
     def __init__(
-        self, channels: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path_rate: float
+        self,
+        channels: int,
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float,
+        drop_path_rate: float = 0.0,
+        *,
+        checkpoints: bool = False,
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
+        self.checkpoints = checkpoints
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, num_heads, window_size)
         self.norm2 = nn.LayerNorm(channels)
@@ -125,15 +139,26 @@ class SwinBlock(nn.Module):
             for chunk in windows.chunks(max_windows):
                 rows_R = chunk.rows_PN.flatten()
                 tokens = x_RC.index_select(0, rows_R).view(*chunk.rows_PN.shape, -1)
-                normed = self.norm1(tokens).to(dtype)
-                if chunk.is_padding_PN is not None:
-                    normed = normed.masked_fill(chunk.is_padding_PN[..., None], 0.0)
-                bias = logit_bias if chunk.mask_type_P is None else logit_bias[chunk.mask_type_P]
-                tokens = self._add(tokens, self.attn.attend(normed, bias), self.attn.proj, num_images)
-                normed = self.norm2(tokens).to(dtype)
-                tokens = self._add(tokens, linear_gelu(normed, self.mlp.fc1), self.mlp.fc2, num_images)
+                if self.checkpoints and torch.is_grad_enabled():
+                    tokens = checkpoint(
+                        self._update, tokens, chunk, logit_bias, num_images, dtype, use_reentrant=False
+                    )
+                else:
+                    tokens = self._update(tokens, chunk, logit_bias, num_images, dtype)
                 x_RC = x_RC.index_copy_(0, rows_R, tokens.flatten(0, 1).to(x_RC.dtype))
         return x_RC
+
+    def _update(
+        self, tokens: Tensor, chunk: WindowChunk, logit_bias: Tensor, num_images: int, dtype: torch.dtype
+    ) -> Tensor:
+        """New tokens of the windows of a chunk: [P, N, C] to the same."""
+        normed = self.norm1(tokens).to(dtype)
+        if chunk.is_padding_PN is not None:
+            normed = normed.masked_fill(chunk.is_padding_PN[..., None], 0.0)
+        bias = logit_bias if chunk.mask_type_P is None else logit_bias[chunk.mask_type_P]
+        tokens = self._add(tokens, self.attn.attend(normed, bias), self.attn.proj, num_images)
+        normed = self.norm2(tokens).to(dtype)
+        return self._add(tokens, linear_gelu(normed, self.mlp.fc1), self.mlp.fc2, num_images)
 
     def _add(self, tokens_PNC: Tensor, x: Tensor, layer: nn.Linear, num_images: int) -> Tensor:
         """``tokens + layer(x)``; in training the branch is dropped for whole images (stochastic depth)."""

@@ -60,6 +60,7 @@ def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @lru_cache(maxsize=1)
+@torch.autocast("cpu", enabled=False)
 def has_operators() -> bool:
     """Whether this PyTorch has the operators, and they compute what they should."""
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -1,7 +1,12 @@
 """Window importance: how much a window's activation stands out (SparseViT, section 3.2).
 
+A score is a function of the residual stream that gives every token a number; a window's importance
+is the L2 norm of its tokens' numbers.
+
 Legend: B images; L tokens of a stage; C channels; M windows; N tokens per window; K kept windows.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,13 +15,56 @@ from torch.nn import functional as F
 from sparsevit.sparsity import count_kept_windows
 from sparsevit.windows import WindowGrid
 
+Score = Callable[[Tensor], Tensor]
+"""Tokens [B, L, C] to one number per token, [B, L]."""
 
-def score_tokens(x_BLC: Tensor) -> Tensor:
-    """Mean of |x| over the channels: [B, L] in float32. No gradient flows through a score.
 
-    The released code does this; the paper's text speaks of the L2 norm of the activation.
+def mean_abs(x_BLC: Tensor) -> Tensor:
+    """Mean of |x| over the channels: what the released code does, and the published figures rest on."""
+    return x_BLC.abs().mean(dim=-1, dtype=torch.float32)
+
+
+def l2(x_BLC: Tensor) -> Tensor:
+    """L2 norm over the channels, so that a window's is that of its whole activation (the paper's text)."""
+    norms: Tensor = torch.linalg.vector_norm(x_BLC, dim=-1, dtype=torch.float32)
+    return norms
+
+
+def random(x_BLC: Tensor) -> Tensor:
+    """The same random numbers at every call: the ablation that a score must beat."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(x_BLC.shape[:2], generator=generator).to(x_BLC.device)
+
+
+SCORES: dict[str, Score] = {"mean_abs": mean_abs, "l2": l2, "random": random}
+
+
+def find_score(score: str | Score) -> Score:
+    """A score by name, or the user's own function.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
     """
-    return x_BLC.detach().abs().mean(dim=-1, dtype=torch.float32)
+    if callable(score):
+        return score
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}, or pass a function")
+    return SCORES[score]
+
+
+def score_tokens(x_BLC: Tensor, score: Score) -> Tensor:
+    """Score every token: [B, L] in float32. No gradient flows through a score.
+
+    Raises:
+        ValueError: if a user's function returns another shape.
+    """
+    scores_BL = score(x_BLC.detach())
+    if scores_BL.shape != x_BLC.shape[:2]:
+        raise ValueError(
+            f"a score gives one number per token, {list(x_BLC.shape[:2])}, but it returned "
+            f"{list(scores_BL.shape)}"
+        )
+    return scores_BL.float()
 
 
 def rank_windows(scores_BL: Tensor, grid: WindowGrid) -> Tensor:

@@ -1,6 +1,8 @@
 """The joined CPU operators compute what the plain layers do, and notice when weights change."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +34,16 @@ def test_equal_to_the_plain_layers(dtype: torch.dtype) -> None:
         ):
             assert mine.dtype == plain.dtype
             torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_operators_are_found_under_autocast_too() -> None:
+    program = (
+        "import torch, sparsevit.linear\n"
+        "with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16):\n"
+        "    print(sparsevit.linear.has_operators())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "True"
 
 
 def test_layer_without_bias() -> None:

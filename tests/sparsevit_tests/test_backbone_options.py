@@ -1,0 +1,148 @@
+"""What users and researchers choose, and what they may get wrong."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone
+from sparsevit.scoring import SCORES, rank_windows, score_tokens
+from sparsevit.windows import window_grid
+
+TINY = SwinConfig(embed_dim=8, depths=(2, 2, 2), num_heads=(1, 2, 2), window_size=4)
+IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+SPARSE = SparsityVector((0.5, 0.5, 0.5))
+
+
+def tiny(**options: object) -> SparseSwin:
+    torch.manual_seed(0)
+    backbone = SparseSwin(TINY, **options).eval()  # type: ignore[arg-type]
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return backbone
+
+
+@torch.no_grad()
+def first_map(backbone: SparseSwin, sparsity: SparsityVector = SPARSE) -> Tensor:
+    feature: Tensor = backbone(IMAGES, sparsity)[0]
+    return feature
+
+
+def test_score_decides_which_windows_stay() -> None:
+    maps = {name: first_map(tiny(score=name)) for name in SCORES}
+    assert not torch.equal(maps["mean_abs"], maps["random"])
+    assert torch.equal(first_map(tiny(score="random")), maps["random"])
+    own = first_map(tiny(score=lambda tokens: tokens.abs().mean(dim=-1)))
+    assert torch.equal(own, maps["mean_abs"])
+
+
+def test_l2_score_ranks_by_the_norm_of_the_whole_window() -> None:
+    tokens = torch.randn(1, 64, 8)
+    grid = window_grid((8, 8), 4, (0, 0), tokens.device)
+    norms = [tokens[0, rows].norm() for rows in grid.tokens_MN]
+    expected = torch.stack(norms).argsort(descending=True)
+    assert torch.equal(rank_windows(score_tokens(tokens, SCORES["l2"]), grid)[0], expected)
+
+
+def test_no_gradient_flows_through_a_score() -> None:
+    tokens = torch.randn(1, 4, 8, requires_grad=True)
+    assert not score_tokens(tokens, lambda x: x.sum(dim=-1)).requires_grad
+
+
+def test_pruned_windows_keep_their_tokens_or_none() -> None:
+    backbone = tiny()
+    backbone.norms[0] = nn.Identity()
+    cleared = tiny(pruned="zero")
+    cleared.norms[0] = nn.Identity()
+    kept, zeroed = first_map(backbone), first_map(cleared)
+    is_zero = (zeroed == 0).all(dim=1)
+    assert 0.3 < is_zero.float().mean() < 0.8
+    assert (kept != 0).any(dim=1).all()
+    assert torch.equal(first_map(cleared, cleared.space.dense), first_map(backbone, backbone.space.dense))
+
+
+def test_stochastic_depth_acts_in_training_alone() -> None:
+    backbone, plain = tiny(drop_path_rate=0.9), tiny()
+    assert torch.equal(first_map(backbone), first_map(plain))
+    backbone.train()
+    torch.manual_seed(0)
+    assert not torch.equal(backbone(IMAGES)[-1], plain(IMAGES)[-1])
+
+
+def test_frozen_stages_get_no_gradient_and_stay_in_evaluation_mode() -> None:
+    backbone = SparseSwin(TINY, 0.5, frozen_stages=2).train()
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.startswith(("stages.2.", "norms.2.", "downsamples.1.")) for name in trained)
+    assert not backbone.stages[1].training and backbone.stages[2].training
+    sum(feature.sum() for feature in backbone(IMAGES, SPARSE)).backward()
+    assert backbone.patch_embed.proj.weight.grad is None
+    assert all(parameter.grad is not None for parameter in backbone.stages[2].parameters())
+    everything = SparseSwin(TINY, frozen_stages=3)
+    assert not any(parameter.requires_grad for parameter in everything.parameters())
+
+
+def test_checkpoints_change_memory_and_nothing_else() -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        backbone = tiny(checkpoints=checkpoints).train()
+        loss = sum(feature.square().mean() for feature in backbone(IMAGES, SPARSE))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_feature_info_describes_the_maps() -> None:
+    backbone = tiny()
+    for info, feature in zip(backbone.feature_info, backbone(IMAGES), strict=True):
+        assert feature.shape[1:] == (info.num_channels, 64 // info.stride, 96 // info.stride)
+
+
+@pytest.mark.parametrize("sparsity", [SparsityVector((0.0,) * 3), SPARSE])
+def test_non_finite_pixels_stay_in_their_image(sparsity: SparsityVector) -> None:
+    backbone, images = tiny(), IMAGES.clone()
+    images[0, :, 5, 5] = float("nan")
+    images[0, :, 50, 50] = float("inf")
+    with torch.no_grad():
+        for spoilt, clean in zip(backbone(images, sparsity), backbone(IMAGES, sparsity), strict=True):
+            torch.testing.assert_close(spoilt[1], clean[1])
+            assert spoilt[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 64, 64), r"images are a batch \[B, 3, h, w\], got the shape \[3, 64, 64\]"),
+        (torch.zeros(1, 1, 64, 64), r"got the shape \[1, 1, 64, 64\]"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating point and normalised, got torch.uint8"),
+        (torch.zeros(0, 3, 64, 64), "the batch holds no image"),
+        (torch.zeros(1, 3, 64, 3), "64×3 pixels is smaller than a patch of 4×4"),
+    ],
+)
+def test_bad_images(images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny()(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "best"}, "unknown score 'best'; choose one of mean_abs, l2, random, or pass a function"),
+        ({"pruned": "mean"}, "unknown pruned='mean'; choose one of identity, zero"),
+        ({"frozen_stages": 5}, "frozen_stages lies in -1 … 4, got 5"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate lies in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_backbone("swin_nano", **options)  # type: ignore[arg-type]
+
+
+def test_score_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"one number per token, \[2, 384\], but it returned \[2, 384, 8\]"):
+        first_map(tiny(score=lambda tokens: tokens))
+
+
+def test_vector_of_another_depth() -> None:
+    with pytest.raises(ValueError, match=r"has 6 ratios, but depths \[2, 2, 2\] need 3"):
+        tiny()(IMAGES, SparsityVector((0.0,) * 6))
