@@ -25,12 +25,14 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        index_NN = relative_position_index(window_size, torch.device("cpu"))
+        self.register_buffer("position_index", index_NN.flatten(), persistent=False)
+        self.position_index: Tensor
 
     def logit_bias(self, mask_TNN: Tensor | None) -> Tensor:
         """What is added to the logits, for every mask type: [T, heads, N, N], T = 1 without mask."""
-        index_NN = relative_position_index(self.window_size, self.relative_position_bias_table.device)
-        num_positions = index_NN.shape[0]
-        bias = self.relative_position_bias_table.index_select(0, index_NN.flatten())
+        num_positions = self.window_size**2
+        bias = self.relative_position_bias_table.index_select(0, self.position_index)
         bias = bias.view(1, num_positions, num_positions, self.num_heads).permute(0, 3, 1, 2)
         if mask_TNN is None:
             return bias
@@ -45,7 +47,8 @@ class WindowAttention(nn.Module):
         num_windows, num_positions, channels = x_PNC.shape
         qkv = linear(x_PNC, self.qkv).view(num_windows, num_positions, 3, self.num_heads, -1)
         logit_bias = logit_bias.to(qkv.dtype)
-        if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
+        is_bf16_on_cpu = qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype)
+        if is_bf16_on_cpu or torch.compiler.is_exporting():
             return _attend_by_products(qkv, logit_bias)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
@@ -53,7 +56,11 @@ class WindowAttention(nn.Module):
 
 
 def _attend_by_products(qkv: Tensor, logit_bias: Tensor) -> Tensor:
-    """Attention as two batched products: on CPUs, PyTorch's fused kernel is slower than that in bf16."""
+    """Attention as two batched products.
+
+    On CPUs PyTorch's fused kernel is slower than that in bf16, and its memory layout, which a traced
+    graph relies on, gets lost on the way to ONNX.
+    """
     num_windows, num_positions, _, num_heads, width = qkv.shape
     query, key, value = qkv.permute(2, 0, 3, 1, 4).reshape(3, -1, num_positions, width)
     bias = logit_bias.expand(num_windows, -1, -1, -1).reshape(-1, num_positions, num_positions)

@@ -9,7 +9,7 @@ Legend: B images; H, W token grid; L = H · W; C channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from sparsevit.block import KeptWindows, SwinBlock
 from sparsevit.linear import linear
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
-from sparsevit.windows import effective_shift, window_grid
+from sparsevit.windows import StagePlan, plan_stage
+
+if TYPE_CHECKING:
+    from sparsevit.specialized import SpecializedSwin
 
 Pruned = Literal["identity", "zero"]
 
@@ -96,12 +99,12 @@ class SparseStage(nn.Module):
         self.score = score
         self.pruned = pruned
 
-    def forward(self, x_BHWC: Tensor, ratios: Sequence[float]) -> Tensor:
-        """Run every block on the windows that its pair's ratio keeps.
+    def forward(self, x_BHWC: Tensor, plan: StagePlan) -> Tensor:
+        """Run every block on the windows that the plan keeps.
 
         Args:
             x_BHWC: tokens; this buffer is overwritten.
-            ratios: one per pair of blocks, non-decreasing.
+            plan: one entry per block, for this grid.
         """
         num_images, height, width, channels = x_BHWC.shape
         x_RC = x_BHWC.reshape(-1, channels)
@@ -109,20 +112,16 @@ class SparseStage(nn.Module):
             x_RC = torch.cat((x_RC, x_RC.new_zeros(1, channels)))  # the sink row of the padding
         num_rows = num_images * height * width
         scores_BL: Tensor | None = None
-        rankings: dict[tuple[int, int], Tensor] = {}
-        for index, block in enumerate(self.blocks):
-            shift = effective_shift(
-                (height, width), self.window_size, self.window_size // 2 if index % 2 else 0
-            )
-            grid = window_grid((height, width), self.window_size, shift, x_RC.device)
-            kept_BK: Tensor | None = None
-            if ratios[index // 2] > 0:
+        rankings: dict[int, Tensor] = {}
+        for block, step in zip(self.blocks, plan, strict=True):
+            grid, kept_BK = step.grid, None
+            if step.num_kept is not None:
                 if scores_BL is None:
                     tokens_BLC = x_RC[:num_rows].view(num_images, -1, channels)
                     scores_BL = score_tokens(tokens_BLC, self.score)
-                if shift not in rankings:
-                    rankings[shift] = rank_windows(scores_BL, grid)
-                kept_BK = select_windows(rankings[shift], ratios[index // 2])
+                if id(grid) not in rankings:
+                    rankings[id(grid)] = rank_windows(scores_BL, grid)
+                kept_BK = select_windows(rankings[id(grid)], step.num_kept)
             windows = KeptWindows.gather(grid, kept_BK, num_images)
             x_RC = block(x_RC, windows)
             if kept_BK is not None and self.pruned == "zero":
@@ -246,18 +245,47 @@ class SparseSwin(nn.Module):
                 depths of this backbone.
         """
         self._check(images)
-        space = self.space
         if sparsity is None:
-            sparsity = space.dense
+            sparsity = self.space.dense
+        return self.run(images, self.plan(sparsity, (images.shape[2], images.shape[3]), images.device))
+
+    def plan(
+        self, sparsity: SparsityVector, image_size: tuple[int, int], device: torch.device
+    ) -> tuple[StagePlan, ...]:
+        """What every block does at a vector and an input size.
+
+        Raises:
+            ValueError: if the vector does not fit the depths of this backbone.
+        """
         check_fits(sparsity, self.depths)
+        height, width = (size // self.config.patch_size for size in image_size)
+        plans = []
+        for depth, ratios in zip(self.depths, self.space.split(sparsity.ratios), strict=True):
+            per_block = [ratios[block // 2] for block in range(depth)]
+            plans.append(plan_stage((height, width), self.config.window_size, per_block, device))
+            height, width = -(-height // 2), -(-width // 2)
+        return tuple(plans)
+
+    def run(self, images: Tensor, plans: Sequence[StagePlan]) -> list[Tensor]:
+        """`forward` by plans that were made for these images' size and device."""
         x_BHWC = self.patch_embed(images)
         features = []
-        for index, ratios in enumerate(space.split(sparsity.ratios)):
-            x_BHWC = self.stages[index](x_BHWC, ratios)
+        for index, plan in enumerate(plans):
+            x_BHWC = self.stages[index](x_BHWC, plan)
             features.append(self.norms[index](x_BHWC).permute(0, 3, 1, 2))
             if index < len(self.downsamples):
                 x_BHWC = self.downsamples[index](x_BHWC)
         return features
+
+    def specialize(self, sparsity: SparsityVector, image_size: tuple[int, int]) -> "SpecializedSwin":
+        """The vector made permanent: a module of static shapes for compilers and exporters.
+
+        Raises:
+            ValueError: if the vector does not fit, or the size is smaller than a patch.
+        """
+        from sparsevit.specialized import SpecializedSwin
+
+        return SpecializedSwin(self, sparsity, image_size)
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:

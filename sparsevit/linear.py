@@ -60,9 +60,13 @@ def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @lru_cache(maxsize=1)
-@torch.autocast("cpu", enabled=False)
 def has_operators() -> bool:
     """Whether this PyTorch has the operators, and they compute what they should."""
+    with torch.autocast("cpu", enabled=False):
+        return _try_operators()
+
+
+def _try_operators() -> bool:
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevit.sparsity import count_kept_windows
 from sparsevit.windows import WindowGrid
 
 Score = Callable[[Tensor], Tensor]
@@ -76,14 +75,15 @@ def rank_windows(scores_BL: Tensor, grid: WindowGrid) -> Tensor:
     tokens_MN = grid.tokens_MN
     if grid.is_padding_MN is not None:
         scores_BL = F.pad(scores_BL, (0, 1))
-    squares_BMN = scores_BL[:, tokens_MN].square()
-    return squares_BMN.sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    windows_BM = scores_BL[:, tokens_MN].square().sum(dim=-1)
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, but its top-k keeps ties in order
+        return windows_BM.topk(windows_BM.shape[1]).indices
+    return windows_BM.argsort(dim=-1, descending=True, stable=True)
 
 
-def select_windows(ranking_BM: Tensor, ratio: float) -> Tensor:
-    """The windows that stay at `ratio`, in grid order: [B, K] with the same K for every image.
+def select_windows(ranking_BM: Tensor, num_kept: int) -> Tensor:
+    """The most important windows, in grid order: [B, K].
 
-    A prefix of the ranking, so that a larger ratio keeps a subset of what a smaller one keeps.
+    A prefix of the ranking, so that fewer windows are a subset of more.
     """
-    num_kept = count_kept_windows(ranking_BM.shape[1], ratio)
     return ranking_BM[:, :num_kept].sort(dim=-1).values

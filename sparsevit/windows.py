@@ -7,11 +7,14 @@ The tables are built once per grid and cached. A token is a row of the flattened
 whole windows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from sparsevit.sparsity import count_kept_windows
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,38 @@ class WindowGrid:
     @property
     def num_windows(self) -> int:
         return self.tokens_MN.shape[0]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What a block does at an input size and a sparsity: all that is known before any image.
+
+    Attributes:
+        num_kept: windows of an image that the block computes; all of them if None.
+    """
+
+    grid: WindowGrid
+    num_kept: int | None
+
+
+StagePlan = tuple[BlockPlan, ...]
+
+
+def plan_stage(
+    grid_size: tuple[int, int], window_size: int, ratios: Sequence[float], device: torch.device
+) -> StagePlan:
+    """Plan the blocks of a stage: every other one is shifted by half a window.
+
+    Args:
+        grid_size: tokens of the stage, H and W.
+        ratios: one per block.
+    """
+    plan = []
+    for index, ratio in enumerate(ratios):
+        shift = effective_shift(grid_size, window_size, window_size // 2 if index % 2 else 0)
+        grid = window_grid(grid_size, window_size, shift, device)
+        plan.append(BlockPlan(grid, count_kept_windows(grid.num_windows, ratio) if ratio > 0 else None))
+    return tuple(plan)
 
 
 def effective_shift(grid_size: tuple[int, int], window_size: int, shift: int) -> tuple[int, int]:

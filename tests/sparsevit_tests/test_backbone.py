@@ -88,7 +88,8 @@ def test_pruned_windows_pass_their_stage_untouched(tiny: SparseSwin) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.inference_mode():
         tokens = tiny.patch_embed(images)
-        after = tiny.stages[0](tokens.clone(), (0.8,))
+        plan = tiny.plan(SparsityVector((0.8, 0.0, 0.0, 0.0)), (64, 64), images.device)[0]
+        after = tiny.stages[0](tokens.clone(), plan)
         _, kept = loop_forward(tiny, images, (0.8, 0.0, 0.0, 0.0))
     is_covered = torch.zeros(2, 16, 16, dtype=torch.bool)
     for block, shift in ((0, 0), (1, 2)):

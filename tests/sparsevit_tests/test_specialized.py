@@ -1,0 +1,94 @@
+"""A vector made permanent: the same features, and every compiler and exporter takes it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsevit import SparseSwin, SparsityVector, SwinConfig
+
+TINY = SwinConfig(embed_dim=16, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
+SIZE = (52, 76)  # grids that are padded, one of them odd
+VECTORS = [SparsityVector((0.0,) * 4), SparsityVector((0.6, 0.0, 0.4, 0.7))]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> SparseSwin:
+    torch.manual_seed(0)
+    built = SparseSwin(TINY).eval()
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return built
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=VECTORS, ids=str)
+def vector(request: pytest.FixtureRequest) -> SparsityVector:
+    assert isinstance(request.param, SparsityVector)
+    return request.param
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_same_features(backbone: SparseSwin, images: Tensor, vector: SparsityVector) -> None:
+    with torch.no_grad():
+        found = backbone.specialize(vector, SIZE)(images)
+        for mine, expected in zip(found, backbone(images, vector), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_compiles_without_graph_breaks(backbone: SparseSwin, images: Tensor, vector: SparsityVector) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(backbone.specialize(vector, SIZE), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(images), backbone(images, vector))
+
+
+def test_exports(backbone: SparseSwin, images: Tensor, vector: SparsityVector) -> None:
+    exported = torch.export.export(backbone.specialize(vector, SIZE), (images,))
+    with torch.no_grad():
+        assert_close(exported.module()(images), backbone(images, vector))
+
+
+def test_runs_in_onnxruntime(
+    backbone: SparseSwin, images: Tensor, vector: SparsityVector, tmp_path: Path
+) -> None:
+    path = tmp_path / "backbone.onnx"
+    torch.onnx.export(backbone.specialize(vector, SIZE), (images,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = backbone(images, vector)
+    assert_close([torch.from_numpy(np.asarray(feature)) for feature in found], expected)
+
+
+def test_parameters_are_shared(backbone: SparseSwin) -> None:
+    special = backbone.specialize(VECTORS[1], SIZE)
+    assert {id(p) for p in special.parameters()} == {id(p) for p in backbone.parameters()}
+    assert all(name.startswith("backbone.") for name in special.state_dict())
+
+
+def test_image_of_another_size(backbone: SparseSwin) -> None:
+    special = backbone.specialize(VECTORS[1], SIZE)
+    with pytest.raises(ValueError, match=r"specialized to images \[B, 3, 52, 76\], got \[1, 3, 64, 64\]"):
+        special(torch.zeros(1, 3, 64, 64))
+
+
+def test_size_smaller_than_a_patch(backbone: SparseSwin) -> None:
+    with pytest.raises(ValueError, match="3×64 pixels is smaller than a patch"):
+        backbone.specialize(VECTORS[1], (3, 64))
+
+
+def test_vector_of_another_depth(backbone: SparseSwin) -> None:
+    with pytest.raises(ValueError, match="has 2 ratios, but depths"):
+        backbone.specialize(SparsityVector((0.1, 0.2)), SIZE)
