@@ -25,14 +25,12 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        index_NN = relative_position_index(window_size, torch.device("cpu"))
-        self.register_buffer("position_index", index_NN.flatten(), persistent=False)
-        self.position_index: Tensor
 
     def logit_bias(self, mask_TNN: Tensor | None) -> Tensor:
         """What is added to the logits, for every mask type: [T, heads, N, N], T = 1 without mask."""
-        num_positions = self.window_size**2
-        bias = self.relative_position_bias_table.index_select(0, self.position_index)
+        index_NN = relative_position_index(self.window_size, self.relative_position_bias_table.device)
+        num_positions = index_NN.shape[0]
+        bias = self.relative_position_bias_table.index_select(0, index_NN.flatten())
         bias = bias.view(1, num_positions, num_positions, self.num_heads).permute(0, 3, 1, 2)
         if mask_TNN is None:
             return bias

@@ -1,6 +1,5 @@
 """A vector made permanent: a module of static shapes for compilers and exporters."""
 
-import torch
 from torch import Tensor, nn
 
 from sparsevit.backbone import SparseSwin
@@ -75,7 +74,8 @@ class SpecializedSwin(nn.Module):
             "mask": grid.mask_TNN,
         }
         for key, table in tables.items():
-            self.register_buffer(f"{name}_{key}", table, persistent=False)
+            if table is not None:  # torch.export miscounts buffers that are None
+                self.register_buffer(f"{name}_{key}", table, persistent=False)
 
     def _grid(self, name: str) -> WindowGrid:
         return WindowGrid(
@@ -87,6 +87,4 @@ class SpecializedSwin(nn.Module):
         )
 
     def _optional(self, name: str) -> Tensor | None:
-        table = self._buffers[name]
-        assert table is None or isinstance(table, torch.Tensor)
-        return table
+        return self.get_buffer(name) if name in self._buffers else None

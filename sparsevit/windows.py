@@ -90,8 +90,8 @@ def window_grid(
     """
     height, width = grid_size
     padded = [-(-size // window_size) * window_size for size in grid_size]
-    rows = (torch.arange(padded[0]) + shift[0]) % padded[0]
-    columns = (torch.arange(padded[1]) + shift[1]) % padded[1]
+    rows = (torch.arange(padded[0], device="cpu") + shift[0]) % padded[0]
+    columns = (torch.arange(padded[1], device="cpu") + shift[1]) % padded[1]
     tokens = rows[:, None] * width + columns[None, :]
     is_padding = (rows >= height)[:, None] | (columns >= width)[None, :]
     tokens = tokens.masked_fill(is_padding, height * width)
@@ -107,14 +107,24 @@ def window_grid(
     )
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def relative_position_index(window_size: int, device: torch.device) -> Tensor:
     """Row of the bias table for every pair of window positions: [N, N] (Swin, equation 4)."""
-    axis = torch.arange(window_size)
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return _build_relative_position_index(window_size, device)
+    return _cached_relative_position_index(window_size, device)
+
+
+def _build_relative_position_index(window_size: int, device: torch.device) -> Tensor:
+    axis = torch.arange(window_size, device=device)
     positions_N2 = torch.cartesian_prod(axis, axis)
     offsets_NN2 = positions_N2[:, None] - positions_N2[None, :] + window_size - 1
-    return (offsets_NN2[..., 0] * (2 * window_size - 1) + offsets_NN2[..., 1]).to(device)
+    return offsets_NN2[..., 0] * (2 * window_size - 1) + offsets_NN2[..., 1]
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _cached_relative_position_index(window_size: int, device: torch.device) -> Tensor:
+    return _build_relative_position_index(window_size, device)
 
 
 def _partition(grid: Tensor, window_size: int) -> Tensor:
@@ -128,7 +138,7 @@ def _shift_masks(
 ) -> tuple[Tensor, Tensor | None]:
     if shift == (0, 0):
         num_windows = (padded[0] // window_size) * (padded[1] // window_size)
-        return torch.zeros(num_windows, dtype=torch.long), None
+        return torch.zeros(num_windows, dtype=torch.long, device="cpu"), None
     regions = [_axis_regions(size, window_size, offset) for size, offset in zip(padded, shift, strict=True)]
     regions_MN = _partition(regions[0][:, None] * 3 + regions[1][None, :], window_size)
     patterns_TN, mask_type_M = torch.unique(regions_MN, dim=0, return_inverse=True)
@@ -137,7 +147,7 @@ def _shift_masks(
 
 def _axis_regions(size: int, window_size: int, shift: int) -> Tensor:
     """Positions of the rolled axis by the neighbourhood they come from: 0, 1 or 2."""
-    position = torch.arange(size)
+    position = torch.arange(size, device="cpu")
     if shift == 0:
         return torch.zeros_like(position)
     return (position >= size - window_size).long() + (position >= size - shift).long()

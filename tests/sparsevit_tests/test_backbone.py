@@ -199,3 +199,15 @@ def test_cuda_equals_cpu(tiny: SparseSwin) -> None:
         features = tiny.cuda()(images.cuda(), vector)
     for mine, reference in zip(features, expected, strict=True):
         torch.testing.assert_close(mine.cpu(), reference, rtol=1e-8, atol=1e-8)
+
+
+def test_weights_may_be_assigned_to_a_backbone_without_memory(tiny: SparseSwin) -> None:
+    """Built on the meta device and filled afterwards, as large models are."""
+    with torch.device("meta"):
+        empty = SparseSwin(TINY).double().eval()
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(tiny.state_dict())
+    images = torch.randn(1, 3, 40, 56, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.inference_mode():
+        for mine, expected in zip(filled(images), tiny(images), strict=True):
+            assert torch.equal(mine, expected)
