@@ -143,7 +143,7 @@ class SparseSwin(nn.Module):
         frozen_stages: 0 freezes the patch embedding, n also the first n stages with their norms;
             -1 nothing. Frozen parts need no gradient and stay in evaluation mode.
         checkpoints: in training, keep each block's input alone and compute the rest again in the
-            backward pass: much less memory for about a third more time.
+            backward pass: less memory for about a quarter more time.
 
     Attributes:
         num_channels: channels of every stage's output.
@@ -255,10 +255,17 @@ class SparseSwin(nn.Module):
         """What every block does at a vector and an input size.
 
         Raises:
-            ValueError: if the vector does not fit the depths of this backbone.
+            ValueError: if the vector does not fit the depths of this backbone, or the size is smaller
+                than a patch.
         """
         check_fits(sparsity, self.depths)
-        height, width = (size // self.config.patch_size for size in image_size)
+        patch = self.config.patch_size
+        if min(image_size) < patch:
+            raise ValueError(
+                f"an image of {image_size[0]}×{image_size[1]} pixels is smaller than a patch of "
+                f"{patch}×{patch}"
+            )
+        height, width = (size // patch for size in image_size)
         plans = []
         for depth, ratios in zip(self.depths, self.space.split(sparsity.ratios), strict=True):
             per_block = [ratios[block // 2] for block in range(depth)]
@@ -294,12 +301,6 @@ class SparseSwin(nn.Module):
             raise ValueError(f"images are floating point and normalised, got {images.dtype}")
         if images.shape[0] == 0:
             raise ValueError("the batch holds no image")
-        patch = self.config.patch_size
-        if min(images.shape[2:]) < patch:
-            raise ValueError(
-                f"an image of {images.shape[2]}×{images.shape[3]} pixels is smaller than a patch of "
-                f"{patch}×{patch}"
-            )
 
 
 def create_backbone(

@@ -25,11 +25,6 @@ class SpecializedSwin(nn.Module):
 
     def __init__(self, backbone: SparseSwin, sparsity: SparsityVector, image_size: tuple[int, int]) -> None:
         super().__init__()
-        if min(image_size) < backbone.config.patch_size:
-            raise ValueError(
-                f"an image of {image_size[0]}×{image_size[1]} pixels is smaller than a patch of "
-                f"{backbone.config.patch_size}×{backbone.config.patch_size}"
-            )
         self.backbone = backbone
         self.sparsity = sparsity
         self.image_size = image_size

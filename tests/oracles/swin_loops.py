@@ -90,7 +90,7 @@ def _block(
             for n, (r, c) in enumerate(positions):
                 if r < height and c < width:
                     token = x[b, r, c] + attended[n]
-                    out[b, r, c] = token + block.mlp(block.norm2(token))
+                    out[b, r, c] = token + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(token))))
     return out, kept
 
 

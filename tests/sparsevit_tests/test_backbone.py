@@ -4,10 +4,10 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone, load_backbone_weights
 from tests.oracles.swin_loops import loop_forward
+from tests.oracles.torchvision_swin import randomize, torchvision_features
 
 TINY = SwinConfig(embed_dim=8, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
 
@@ -16,27 +16,12 @@ TINY = SwinConfig(embed_dim=8, depths=(2, 4, 2), num_heads=(1, 2, 2), window_siz
 def swin_t_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseSwin, nn.Module]:
     """Our Swin-T and torchvision's, with the same random weights."""
     torch.manual_seed(0)
-    theirs = torchvision.models.swin_t(weights=None).eval()
-    for parameter in theirs.parameters():
-        if parameter.ndim == 1:  # norms and biases start as ones and zeros: too easy
-            nn.init.normal_(parameter, mean=parameter.detach().mean().item(), std=0.1)
+    theirs = randomize(torchvision.models.swin_t(weights=None))
     ours = create_backbone("swin_t").eval()
     path = tmp_path_factory.mktemp("swin_t") / "torchvision.pth"
     torch.save(theirs.state_dict(), path)
     load_backbone_weights(ours, path)
     return ours, theirs
-
-
-def torchvision_features(model: nn.Module, images: Tensor) -> list[Tensor]:
-    features, x = [], images
-    for index, layer in enumerate(model.get_submodule("features").children()):
-        x = layer(x)
-        if index % 2:
-            features.append(x)
-    last = len(features) - 1
-    norm = model.get_submodule("norm")
-    normed = [norm(f) if i == last else F.layer_norm(f, f.shape[-1:]) for i, f in enumerate(features)]
-    return [feature.permute(0, 3, 1, 2) for feature in normed]
 
 
 @pytest.mark.parametrize("size", [(224, 224), (640, 640), (256, 704), (333, 517)])

@@ -25,22 +25,13 @@ from sparsevit import (
 )
 from sparsevit.checkpoints import CheckpointError
 from sparsevit.checkpoints.formats import concatenated_order, unfold_order
+from tests.oracles.torchvision_swin import normed, randomize, torchvision_features
 
 SMALL = SwinConfig(embed_dim=24, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8))
 # Hugging Face pads images to whole patches, and drops the shift of both axes where the last grid is
 # not larger than a window on one; neither happens at these sizes.
 PADDED, WHOLE = (252, 332), (448, 672)
 FORMATS = ("torchvision", "timm", "huggingface", "mmdet", "microsoft", "sparsevit")
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Norms and biases start as ones and zeros: too easy."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_(noise, alpha=0.1)
-    return model.eval()
 
 
 def torchvision_model(config: SwinConfig) -> nn.Module:
@@ -70,27 +61,12 @@ def huggingface_model(config: SwinConfig, kind: type = transformers.SwinBackbone
     return randomize(kind(settings))
 
 
-def torchvision_features(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The last stage after its norm, the others after one that has no parameters."""
-    features, x = [], images
-    for index, layer in enumerate(model.get_submodule("features").children()):
-        x = layer(x)
-        if index % 2:
-            features.append(x)
-    return normed(features, model.get_submodule("norm"))
-
-
 def timm_features(model: nn.Module, images: Tensor) -> list[Tensor]:
     features, x = [], model.get_submodule("patch_embed")(images)
     for layer in model.get_submodule("layers").children():
         x = layer(x)
         features.append(x)
     return normed(features, model.get_submodule("norm"))
-
-
-def normed(features: Sequence[Tensor], norm: nn.Module) -> list[Tensor]:
-    plain = [F.layer_norm(feature, feature.shape[-1:]) for feature in features[:-1]]
-    return [feature.permute(0, 3, 1, 2) for feature in (*plain, norm(features[-1]))]
 
 
 def huggingface_features(model: nn.Module, images: Tensor) -> list[Tensor]:
