@@ -1,6 +1,7 @@
 """Window attention with relative position bias (Swin, section 3.2).
 
-Legend: P windows of the whole batch; N tokens per window; C channels; T attention-mask types.
+Legend: P windows of the whole batch; N tokens per window; C channels; H heads of D channels; T
+attention-mask types.
 """
 
 import torch
@@ -12,6 +13,8 @@ from sparsevit.windows import relative_position_index
 
 MASKED_LOGIT = -100.0
 """What Swin adds to the logit of a pair of tokens that the cyclic shift brought together."""
+MIN_SUM = 1e-30
+"""Sums of exponentials between this and its inverse are far from the ends of bfloat16 (1e-38, 3e38)."""
 
 
 class WindowAttention(nn.Module):
@@ -45,24 +48,38 @@ class WindowAttention(nn.Module):
         num_windows, num_positions, channels = x_PNC.shape
         qkv = linear(x_PNC, self.qkv).view(num_windows, num_positions, 3, self.num_heads, -1)
         logit_bias = logit_bias.to(qkv.dtype)
-        is_bf16_on_cpu = qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype)
-        if is_bf16_on_cpu or torch.compiler.is_exporting():
-            return _attend_by_products(qkv, logit_bias)
+        if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
+            return _attend_in_bfloat16(qkv, logit_bias)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
+        # Compilers for CPUs join the parts of a softmax, and ONNX loses the fused kernel's layout.
+        if torch.compiler.is_compiling() and (qkv.device.type == "cpu" or torch.compiler.is_exporting()):
+            logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + logit_bias
+            attended: Tensor = torch.softmax(logits, dim=-1) @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
         return attended.transpose(1, 2).reshape(num_windows, num_positions, channels)
 
 
-def _attend_by_products(qkv: Tensor, logit_bias: Tensor) -> Tensor:
-    """Attention as two batched products.
+def _attend_in_bfloat16(qkv_PN3HD: Tensor, logit_bias: Tensor) -> Tensor:
+    """Attention as two batched products, which take less time than PyTorch's fused CPU kernel.
 
-    On CPUs PyTorch's fused kernel is slower than that in bf16, and its memory layout, which a traced
-    graph relies on, gets lost on the way to ONNX.
+    The softmax is divided by its sum last, on the smaller side, and leaves out subtracting the
+    maximum: exponentials stay far inside the range of bfloat16 for all logits that a trained
+    network produces. The sums tell when they do not; then it is an ordinary softmax.
     """
-    num_windows, num_positions, _, num_heads, width = qkv.shape
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).reshape(3, -1, num_positions, width)
+    num_windows, num_positions, _, num_heads, width = qkv_PN3HD.shape
+    query, key, value = qkv_PN3HD.permute(2, 0, 3, 1, 4).reshape(3, -1, num_positions, width)
     bias = logit_bias.expand(num_windows, -1, -1, -1).reshape(-1, num_positions, num_positions)
-    logits = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=width**-0.5)
-    attended = torch.bmm(torch.softmax(logits, dim=-1), value)
+
+    def logits() -> Tensor:
+        return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=width**-0.5)
+
+    exponentials = logits().exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    smallest, largest = torch.aminmax(sums)
+    if smallest > MIN_SUM and largest < 1 / MIN_SUM:
+        attended = torch.bmm(exponentials, value).div_(sums)
+    else:
+        attended = torch.bmm(torch.softmax(logits(), dim=-1), value)
     attended = attended.view(num_windows, num_heads, num_positions, width)
     return attended.transpose(1, 2).reshape(num_windows, num_positions, -1)

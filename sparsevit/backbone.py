@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sparsevit.block import KeptWindows, SwinBlock
 from sparsevit.linear import linear
+from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
 from sparsevit.windows import StagePlan, plan_stage
@@ -67,6 +68,12 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, images: Tensor) -> Tensor:
+        patch_size = self.proj.kernel_size[0]
+        images = images[:, :, : images.shape[2] // patch_size * patch_size]
+        return apply_in_parts(self._embed, images, dim=2, multiple=patch_size)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)  # so that tokens come out whole
         x_BHWC: Tensor = self.norm(self.proj(images).permute(0, 2, 3, 1))
         return x_BHWC
 
@@ -80,6 +87,9 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        return apply_in_parts(self._merge, x_BHWC, dim=1, multiple=2)
+
+    def _merge(self, x_BHWC: Tensor) -> Tensor:
         height, width = x_BHWC.shape[1:3]
         if height % 2 or width % 2:
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, width % 2, 0, height % 2))

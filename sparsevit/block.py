@@ -155,7 +155,7 @@ class SwinBlock(nn.Module):
         normed = self.norm1(tokens).to(dtype)
         if chunk.is_padding_PN is not None:
             normed = normed.masked_fill(chunk.is_padding_PN[..., None], 0.0)
-        bias = logit_bias if chunk.mask_type_P is None else logit_bias[chunk.mask_type_P]
+        bias = logit_bias if chunk.mask_type_P is None else logit_bias.index_select(0, chunk.mask_type_P)
         tokens = self._add(tokens, self.attn.attend(normed, bias), self.attn.proj, num_images)
         normed = self.norm2(tokens).to(dtype)
         return self._add(tokens, linear_gelu(normed, self.mlp.fc1), self.mlp.fc2, num_images)

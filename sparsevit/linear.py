@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsevit.parts import is_cpu_inference
+
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _NUM_SAMPLES = 64
 
@@ -49,14 +51,7 @@ def linear_add(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
 
 def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the joined operators serve a computation on a device in a dtype, here and now."""
-    return (
-        device.type == "cpu"
-        and dtype in FUSED_DTYPES
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and has_operators()
-    )
+    return is_cpu_inference(device) and dtype in FUSED_DTYPES and has_operators()
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsevit.parts import apply_in_parts
 from sparsevit.windows import WindowGrid
 
 Score = Callable[[Tensor], Tensor]
@@ -20,13 +21,12 @@ Score = Callable[[Tensor], Tensor]
 
 def mean_abs(x_BLC: Tensor) -> Tensor:
     """Mean of |x| over the channels: what the released code does, and the published figures rest on."""
-    return x_BLC.abs().mean(dim=-1, dtype=torch.float32)
+    return apply_in_parts(lambda x: x.abs().mean(dim=-1, dtype=torch.float32), x_BLC, dim=1)
 
 
 def l2(x_BLC: Tensor) -> Tensor:
     """L2 norm over the channels, so that a window's is that of its whole activation (the paper's text)."""
-    norms: Tensor = torch.linalg.vector_norm(x_BLC, dim=-1, dtype=torch.float32)
-    return norms
+    return apply_in_parts(lambda x: x.float().square().sum(dim=-1).sqrt(), x_BLC, dim=1)
 
 
 def random(x_BLC: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def score_tokens(x_BLC: Tensor, score: Score) -> Tensor:
     Raises:
         ValueError: if a user's function returns another shape.
     """
-    scores_BL = score(x_BLC.detach())
+    with torch.no_grad():
+        scores_BL = score(x_BLC)
     if scores_BL.shape != x_BLC.shape[:2]:
         raise ValueError(
             f"a score gives one number per token, {list(x_BLC.shape[:2])}, but it returned "

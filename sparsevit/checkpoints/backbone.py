@@ -75,17 +75,12 @@ def load_backbone_weights(backbone: SparseSwin, path: str | Path, *, prefix: str
     weights = read_weights(path)
     own = backbone.state_dict()
     match = _recognise(weights, own, len(backbone.depths), prefix, path)
-    renamed = {name: _gather(match.format, name, weights, theirs) for name, theirs in match.found.items()}
-    resized = []
-    for name, value in renamed.items():
-        if name.endswith(BIAS_TABLE) and value.shape[0] != own[name].shape[0] and _is_square(value.shape[0]):
-            renamed[name] = resize_bias_table(value, own[name].shape[0])
+    resized, wrong_shape = [], []
+    for name, value in _converted(match, weights, own):
+        if value.shape != own[name].shape:
+            wrong_shape.append(f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here")
+        elif name.endswith(BIAS_TABLE) and weights[match.found[name][0]].shape != value.shape:
             resized.append(name)
-    wrong_shape = [
-        f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here"
-        for name, value in renamed.items()
-        if value.shape != own[name].shape
-    ]
     consumed = {theirs for names in match.found.values() for theirs in names}
     rest = [name for name in weights if name not in consumed]
     unexpected = [
@@ -106,7 +101,7 @@ def load_backbone_weights(backbone: SparseSwin, path: str | Path, *, prefix: str
             wrong_shape=wrong_shape,
         )
     with torch.no_grad():
-        for name, value in renamed.items():
+        for name, value in _converted(match, weights, own):
             own[name].copy_(value)
     return LoadReport(match.format.name, match.prefix, tuple(missing), tuple(resized), tuple(rest))
 
@@ -200,6 +195,17 @@ def _match(
         else:
             absent[name] = theirs
     return _Match(format, prefix, found, absent)
+
+
+def _converted(
+    match: _Match, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Our names and the values for them, one at a time, so that none needs memory for long."""
+    for name, theirs in match.found.items():
+        value = _gather(match.format, name, weights, theirs)
+        if name.endswith(BIAS_TABLE) and value.shape[0] != own[name].shape[0] and _is_square(value.shape[0]):
+            value = resize_bias_table(value, own[name].shape[0])
+        yield name, value
 
 
 def _gather(format: SwinFormat, name: str, weights: Mapping[str, Tensor], theirs: tuple[str, ...]) -> Tensor:

@@ -1,13 +1,14 @@
 """How fast the backbone is, dense and sparse, beside torchvision, timm and Hugging Face.
 
     python tests/benchmarks/backbone_speed.py                       every setting, fp32 and bf16, eager
-    python tests/benchmarks/backbone_speed.py --settings swin_t-672 --dtypes bf16 --compile
+    python tests/benchmarks/backbone_speed.py --settings swin_t-672 --modes eager compiled onnxruntime
 
 All networks of a setting have the same weights and are timed in one interleaved run; a row is the
-median. "of peer" is the ratio to the fastest peer, "of dense" to our own dense forward pass, "MACs"
-the same ratio of multiply-accumulates, "of peak" the share of the rate of a large square matrix
-product in the same dtype, measured beside. "peak MiB" is what a forward pass needs on top of the
-loaded network: on a CPU the growth of the resident set in a fresh process.
+median. "of peer" is the ratio to the fastest peer in the same mode, "of dense" to our own dense
+forward pass in the same mode, "MACs" the same ratio of multiply-accumulates, "of peak" the share of
+the rate of a large square matrix product in the same dtype, measured beside. "peak MiB" is what an
+eager forward pass needs on top of the loaded network: on a CPU the growth of the resident set in a
+fresh process. onnxruntime takes fp32 alone on a CPU.
 """
 
 import argparse
@@ -15,22 +16,25 @@ import ctypes
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import onnxruntime
 import timm
 import torch
 import torchvision
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from sparsevit import BACKBONES, SparsityVector, create_backbone, export_backbone_weights
+from sparsevit import BACKBONES, SparseSwin, SparsityVector, create_backbone, export_backbone_weights
 from sparsevit.latency.calibration import DTYPES, device_name
 from sparsevit.latency.macs import count_macs
 from sparsevit.latency.timing import time_interleaved_ms
 
+PEERS = ("torchvision", "timm", "huggingface")
+MODES = ("eager", "compiled", "onnxruntime")
 PUBLISHED = ((0.3, 0, 0.1, 0.2, 0.2, 0), (0.6, 0, 0.2, 0.4, 0.5, 0), (0.7, 0, 0.2, 0.4, 0.5, 0))
 UNIFORM = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 PEAK_SIZE = 4096
@@ -43,6 +47,10 @@ class Setting:
     height: int
     width: int
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.height, self.width
+
 
 SETTINGS = {
     "swin_t-672": Setting("swin_t", 1, 672, 672),
@@ -52,12 +60,16 @@ SETTINGS = {
 }
 
 
+def build_ours(setting: Setting) -> SparseSwin:
+    torch.manual_seed(0)
+    return create_backbone(setting.backbone).eval()
+
+
 def build(name: str, setting: Setting) -> nn.Module:
     """A network of ours or of a peer, all with the same weights; its call computes every stage."""
-    torch.manual_seed(0)
-    backbone = create_backbone(setting.backbone)
+    backbone = build_ours(setting)
     if name == "ours":
-        return backbone.eval()
+        return backbone
     config = backbone.config
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights"
@@ -72,17 +84,13 @@ def build(name: str, setting: Setting) -> nn.Module:
             [config.patch_size] * 2, config.embed_dim, list(config.depths), list(config.num_heads), window
         )
     else:
-        size = (setting.height, setting.width)
         model = timm.models.swin_transformer.SwinTransformer(
-            img_size=size, embed_dim=config.embed_dim, depths=config.depths, num_heads=config.num_heads,
-            window_size=config.window_size, num_classes=0, global_pool="",
+            img_size=setting.image_size, embed_dim=config.embed_dim, depths=config.depths,
+            num_heads=config.num_heads, window_size=config.window_size, num_classes=0, global_pool="",
         )  # fmt: skip
     model.load_state_dict(weights, strict=False)
     features = model.get_submodule("features") if name == "torchvision" else model
     return features.eval()
-
-
-PEERS = ("torchvision", "timm", "huggingface")
 
 
 def main() -> None:
@@ -91,74 +99,103 @@ def main() -> None:
     )
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
+    parser.add_argument("--ratios", nargs="+", type=float, default=UNIFORM, help="the uniform vectors")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every network")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
-    libraries = {"torchvision": torchvision, "timm": timm, "transformers": transformers}
+    libraries = {
+        "torchvision": torchvision, "timm": timm, "transformers": transformers, "onnxruntime": onnxruntime,
+    }  # fmt: skip
     print(
         f"torch {torch.__version__}",
         *(f"{name} {library.__version__}" for name, library in libraries.items()),
         sep=", ",
     )
     for name in arguments.settings:
+        vectors = vectors_of(SETTINGS[name], sorted({0.0, *arguments.ratios}))
         for dtype in arguments.dtypes:
-            print_table(name, dtype, device, arguments.rounds, arguments.compile)
+            print_table(name, dtype, device, arguments.modes, vectors, arguments.rounds)
 
 
 def print_table(
-    setting_name: str, dtype_name: str, device: torch.device, rounds: int, compiled: bool
+    setting_name: str,
+    dtype_name: str,
+    device: torch.device,
+    modes: Sequence[str],
+    vectors: Sequence[SparsityVector],
+    num_rounds: int,
 ) -> None:
     setting, dtype = SETTINGS[setting_name], DTYPES[dtype_name]
-    models = {name: build(name, setting).to(device, dtype) for name in ("ours", *PEERS)}
-    images = torch.randn(setting.batch_size, 3, setting.height, setting.width, device=device, dtype=dtype)
-    vectors = vectors_of(setting)
-    calls: dict[str, Callable[[], object]] = {
-        str(vector): partial(models["ours"], images, vector) for vector in vectors
-    }
-    calls |= {name: partial(models[name], images) for name in PEERS}
-    if compiled:
-        calls = {name: torch.compile(call, dynamic=False) for name, call in calls.items()}
+    if dtype_name != "fp32" or device.type != "cpu":
+        modes = [mode for mode in modes if mode != "onnxruntime"]
+    ours = build_ours(setting).to(device, dtype)
+    peers = {name: build(name, setting).to(device, dtype) for name in PEERS}
+    images = torch.randn(setting.batch_size, 3, *setting.image_size, device=device, dtype=dtype)
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    torch._dynamo.config.recompile_limit = 8 * len(vectors)  # every vector is a graph of its own
     square = torch.randn(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype)
-    calls["peak"] = partial(torch.mm, square, square)
-    with torch.inference_mode():
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        for mode in modes:
+            for vector in vectors:
+                calls[mode, str(vector)] = call_of(ours, vector, images, mode, Path(folder))
+            for name in PEERS if mode != "onnxruntime" else ():
+                model = peers[name] if mode == "eager" else torch.compile(peers[name], dynamic=False)
+                calls[mode, name] = partial(model, images)
+        calls["", "peak"] = partial(torch.mm, square, square)
+        for call in calls.values():
+            call()  # compiles
         times, _ = time_interleaved_ms(
-            list(calls.values()), calls[str(vectors[0])], device=device, num_rounds=rounds,
+            list(calls.values()), calls[modes[0], str(vectors[0])], device=device, num_rounds=num_rounds,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     medians = dict(zip(calls, map(statistics.median, times), strict=True))
-    peak_rate = 2 * PEAK_SIZE**3 / medians["peak"]
+    peak_rate = 2 * PEAK_SIZE**3 / medians.pop(("", "peak"))
     memory = {name: peak_mib(name, setting, dtype_name, device) for name in ("ours", *PEERS)}
-    print(
-        f"\n{setting_name}, {dtype_name}, {'compiled' if compiled else 'eager'}; "
-        f"matrix products reach {peak_rate / 1e6:.0f} GFLOP/s"
-    )
-    print(f"{'':<28} {'ms':>8} {'of peer':>8} {'of dense':>9} {'MACs':>6} {'of peak':>8} {'peak MiB':>9}")
-    fastest = min(medians[name] for name in PEERS)
-    dense_macs = macs_of(setting, vectors[0])
-    for vector in vectors:
-        milliseconds, macs = medians[str(vector)], macs_of(setting, vector)
-        share = 2 * macs / milliseconds / peak_rate
-        memory_column = f"{memory['ours']:9.0f}" if vector is vectors[0] else ""
-        print(
-            f"{vector!s:<28} {milliseconds:8.1f} {milliseconds / fastest:8.3f} "
-            f"{milliseconds / medians[str(vectors[0])]:9.3f} {macs / dense_macs:6.3f} {share:8.2f} "
-            f"{memory_column}".rstrip()
-        )
-    for name in PEERS:
-        share = 2 * dense_macs / medians[name] / peak_rate
-        print(
-            f"{name + ', dense':<28} {medians[name]:8.1f} {medians[name] / fastest:8.3f} {'':>9} {'':>6} "
-            f"{share:8.2f} {memory[name]:9.0f}",
-            flush=True,
-        )
+    macs = {str(vector): macs_of(setting, vector) for vector in vectors}
+    dense = str(vectors[0])
+    print(f"\n{setting_name}, {dtype_name}; matrix products reach {peak_rate / 1e6:.0f} GFLOP/s")
+    print(f"{'':<40} {'ms':>8} {'of peer':>8} {'of dense':>9} {'MACs':>6} {'of peak':>8} {'peak MiB':>9}")
+    for (mode, name), milliseconds in medians.items():
+        fastest = min((medians[mode, peer] for peer in PEERS if (mode, peer) in medians), default=None)
+        num_macs = macs.get(name, macs[dense])
+        columns = [
+            f"{mode}, {name}".ljust(40),
+            f"{milliseconds:8.1f}",
+            " " * 8 if fastest is None else f"{milliseconds / fastest:8.3f}",
+            f"{milliseconds / medians[mode, dense]:9.3f}",
+            f"{num_macs / macs[dense]:6.3f}",
+            f"{2 * num_macs / milliseconds / peak_rate:8.2f}",
+        ]
+        if mode == "eager" and name in (dense, *PEERS):
+            columns.append(f"{memory['ours' if name == dense else name]:9.0f}")
+        print(*columns, flush=True)
 
 
-def vectors_of(setting: Setting) -> list[SparsityVector]:
+def call_of(
+    backbone: SparseSwin, vector: SparsityVector, images: Tensor, mode: str, folder: Path
+) -> Callable[[], object]:
+    """A forward pass of ours at a vector."""
+    if mode == "eager":
+        return partial(backbone, images, vector)
+    special = backbone.specialize(vector, (images.shape[2], images.shape[3]))
+    if mode == "compiled":
+        return partial(torch.compile(special, fullgraph=True, dynamic=False), images)
+    path = folder / f"{vector}.onnx"
+    with torch.inference_mode(False):
+        torch.onnx.export(special, (images.clone(),), path, dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # disturbs what follows
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})
+
+
+def vectors_of(setting: Setting, ratios: Sequence[float]) -> list[SparsityVector]:
     num_genes = sum((depth + 1) // 2 for depth in BACKBONES[setting.backbone].depths)
-    vectors = [SparsityVector((ratio,) * num_genes) for ratio in UNIFORM]
+    vectors = [SparsityVector((ratio,) * num_genes) for ratio in ratios]
     if setting.backbone == "swin_t":
         vectors += [SparsityVector(ratios) for ratios in PUBLISHED]
     return vectors

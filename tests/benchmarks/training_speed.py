@@ -30,26 +30,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ratios", type=float, nargs="+", default=(0.0, 0.4))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-only", action="store_true")
+    parser.add_argument("--checkpoints", nargs="+", default=["no", "yes"], choices=["no", "yes"])
     arguments = parser.parse_args()
     device = torch.device("cpu")
     size = (arguments.batch, 3, *arguments.size)
     print(f"{arguments.backbone}, {'×'.join(map(str, size))}, fp32, {device_name(device)}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
-    cases = [(checkpoints, ratio) for checkpoints in (False, True) for ratio in arguments.ratios]
-    medians: list[float] = [float("nan")] * len(cases)
-    if not arguments.memory_only:
-        images = torch.randn(size)
-        backbones = {flag: create_backbone(arguments.backbone, checkpoints=flag) for flag in (False, True)}
-        calls: list[Callable[[], object]] = [
-            partial(step, backbones[flag], images, backbones[flag].space.uniform(ratio))
-            for flag, ratio in cases
-        ]
-        times, _ = time_interleaved_ms(
-            calls, calls[0], device=device, num_rounds=arguments.rounds,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        medians = [statistics.median(row) for row in times]
+    flags = [choice == "yes" for choice in arguments.checkpoints]
+    cases = [(checkpoints, ratio) for checkpoints in flags for ratio in arguments.ratios]
+    images = torch.randn(size)
+    backbones = {flag: create_backbone(arguments.backbone, checkpoints=flag) for flag in flags}
+    calls: list[Callable[[], object]] = [
+        partial(step, backbones[flag], images, backbones[flag].space.uniform(ratio)) for flag, ratio in cases
+    ]
+    times, _ = time_interleaved_ms(
+        calls, calls[0], device=device, num_rounds=arguments.rounds,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    medians = [statistics.median(row) for row in times]
+    del calls, backbones  # their gradients
     print(f"{'checkpoints':<12} {'ratio':>6} {'ms':>9} {'of dense':>9} {'peak GiB':>9}")
     for (flag, ratio), milliseconds in zip(cases, medians, strict=True):
         with multiprocessing.get_context("spawn").Pool(1) as pool:

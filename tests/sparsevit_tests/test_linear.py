@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from sparsevit import SparseSwin, SwinConfig, block
+from sparsevit import SparseSwin, SwinConfig, block, parts
+from sparsevit.attention import WindowAttention
 from sparsevit.linear import has_operators, is_fused, linear, linear_add, linear_gelu
 
 TINY = SwinConfig(embed_dim=16, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
@@ -113,6 +114,7 @@ def test_chunked_inference_equals_the_plain_forward_pass(
     monkeypatch: pytest.MonkeyPatch, seed: int, size: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(block, "CHUNK_BYTES", 3 * 16 * 64 * 4)  # three windows of the first stage
+    monkeypatch.setattr(parts, "PART_BYTES", 1000)
     backbone = random_backbone()
     generator = torch.Generator().manual_seed(seed)
     vector = backbone.space.draw(generator) if seed else backbone.space.dense
@@ -140,3 +142,17 @@ def test_bf16_inference_is_as_close_to_fp32_as_the_plain_forward_pass(is_autocas
         return float((feature.float() - exact).norm() / exact.norm())
 
     assert error(mine) < 1.2 * error(plain) + 1e-3
+
+
+@pytest.mark.parametrize("logit", [0.0, 256.0, -256.0])
+def test_bf16_attention_at_logits_beyond_the_range_of_exponentials(logit: float) -> None:
+    torch.manual_seed(0)
+    attention = WindowAttention(channels=16, num_heads=2, window_size=4).bfloat16()
+    with torch.no_grad():
+        attention.qkv.weight[:32] = 0.0  # queries and keys: all logits are the bias
+        attention.qkv.bias.zero_()
+        x = torch.randn(3, 16, 16).bfloat16()
+        found = attention.attend(x, torch.full((1, 2, 16, 16), logit))
+        values = x @ attention.qkv.weight[32:].T
+    expected = values.mean(dim=1, keepdim=True).expand_as(found)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

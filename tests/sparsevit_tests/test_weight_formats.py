@@ -24,6 +24,7 @@ from sparsevit import (
     load_backbone_weights,
 )
 from sparsevit.checkpoints import CheckpointError
+from sparsevit.checkpoints.files import read_weights
 from sparsevit.checkpoints.formats import concatenated_order, unfold_order
 from tests.oracles.torchvision_swin import normed, randomize, torchvision_features
 
@@ -213,6 +214,22 @@ def test_sharded_folder(tmp_path: Path) -> None:
     next(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="names shards that are not there: model-0"):
         load_backbone_weights(SparseSwin(SMALL), tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_weights_are_mapped_from_disk(tmp_path: Path, name: str) -> None:
+    export_backbone_weights(create_backbone("swin_t"), tmp_path / name, "timm")
+    before = anonymous_mib()
+    weights = read_weights(tmp_path / name)
+    assert sum(value.nbytes for value in weights.values()) > 100 * 2**20
+    assert anonymous_mib() - before < 10
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
