@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit.linear import is_fused, linear
-from sparsevit.windows import relative_position_index
+from sparsevit.windows import WindowGrid
 
 MASKED_LOGIT = -100.0
 """What Swin adds to the logit of a pair of tokens that the cyclic shift brought together."""
@@ -29,15 +29,14 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def logit_bias(self, mask_TNN: Tensor | None) -> Tensor:
+    def logit_bias(self, grid: WindowGrid) -> Tensor:
         """What is added to the logits, for every mask type: [T, heads, N, N], T = 1 without mask."""
-        index_NN = relative_position_index(self.window_size, self.relative_position_bias_table.device)
-        num_positions = index_NN.shape[0]
-        bias = self.relative_position_bias_table.index_select(0, index_NN.flatten())
-        bias = bias.view(1, num_positions, num_positions, self.num_heads).permute(0, 3, 1, 2)
-        if mask_TNN is None:
+        num_positions = grid.bias_row_NN.shape[0]
+        bias = self.relative_position_bias_table.index_select(0, grid.bias_row_NN.flatten())
+        bias = bias.T.contiguous().view(1, self.num_heads, num_positions, num_positions)
+        if grid.mask_TNN is None:
             return bias
-        return bias + mask_TNN[:, None].to(bias.dtype) * MASKED_LOGIT
+        return bias + grid.mask_TNN[:, None].to(bias.dtype) * MASKED_LOGIT
 
     def forward(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
         """Attend inside windows: [P, N, C] and a bias that broadcasts to [P, heads, N, N]."""
@@ -53,7 +52,7 @@ class WindowAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         # Compilers for CPUs join the parts of a softmax, and ONNX loses the fused kernel's layout.
         if torch.compiler.is_compiling() and (qkv.device.type == "cpu" or torch.compiler.is_exporting()):
-            logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + logit_bias
+            logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2) + logit_bias
             attended: Tensor = torch.softmax(logits, dim=-1) @ value
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)

@@ -135,7 +135,7 @@ class SwinBlock(nn.Module):
             bytes_per_window = num_positions * self.mlp.fc1.out_features * dtype.itemsize
             max_windows = max(1, CHUNK_BYTES // bytes_per_window)
         with torch.autocast(x_RC.device.type, enabled=False) if is_fast else nullcontext():
-            logit_bias = self.attn.logit_bias(windows.grid.mask_TNN)
+            logit_bias = self.attn.logit_bias(windows.grid)
             for chunk in windows.chunks(max_windows):
                 rows_R = chunk.rows_PN.flatten()
                 tokens = x_RC.index_select(0, rows_R).view(*chunk.rows_PN.shape, -1)

@@ -67,6 +67,7 @@ class SpecializedSwin(nn.Module):
             "is_padding": grid.is_padding_MN,
             "mask_type": grid.mask_type_M,
             "mask": grid.mask_TNN,
+            "bias_row": grid.bias_row_NN,
         }
         for key, table in tables.items():
             if table is not None:  # torch.export miscounts buffers that are None
@@ -78,6 +79,7 @@ class SpecializedSwin(nn.Module):
             is_padding_MN=self._optional(f"{name}_is_padding"),
             mask_type_M=self.get_buffer(f"{name}_mask_type"),
             mask_TNN=self._optional(f"{name}_mask"),
+            bias_row_NN=self.get_buffer(f"{name}_bias_row"),
             num_tokens=self._num_tokens[name],
         )
 

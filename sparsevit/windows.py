@@ -27,12 +27,14 @@ class WindowGrid:
         mask_type_M: row of `mask_TNN` that applies to a window.
         mask_TNN: True where a query may not attend to a key, because the cyclic shift brought
             together tokens that are not neighbours; None without shift.
+        bias_row_NN: row of the relative position bias table for a query and a key.
     """
 
     tokens_MN: Tensor
     is_padding_MN: Tensor | None
     mask_type_M: Tensor
     mask_TNN: Tensor | None
+    bias_row_NN: Tensor
     num_tokens: int
 
     @property
@@ -103,28 +105,17 @@ def window_grid(
         is_padding_MN=None if is_padding_MN is None else is_padding_MN.to(device),
         mask_type_M=mask_type_M.to(device),
         mask_TNN=None if mask_TNN is None else mask_TNN.to(device),
+        bias_row_NN=relative_position_index(window_size).to(device),
         num_tokens=height * width,
     )
 
 
-def relative_position_index(window_size: int, device: torch.device) -> Tensor:
+def relative_position_index(window_size: int) -> Tensor:
     """Row of the bias table for every pair of window positions: [N, N] (Swin, equation 4)."""
-    if torch.compiler.is_compiling():  # a constant of the graph
-        return _build_relative_position_index(window_size, device)
-    return _cached_relative_position_index(window_size, device)
-
-
-def _build_relative_position_index(window_size: int, device: torch.device) -> Tensor:
-    axis = torch.arange(window_size, device=device)
+    axis = torch.arange(window_size, device="cpu")
     positions_N2 = torch.cartesian_prod(axis, axis)
     offsets_NN2 = positions_N2[:, None] - positions_N2[None, :] + window_size - 1
     return offsets_NN2[..., 0] * (2 * window_size - 1) + offsets_NN2[..., 1]
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _cached_relative_position_index(window_size: int, device: torch.device) -> Tensor:
-    return _build_relative_position_index(window_size, device)
 
 
 def _partition(grid: Tensor, window_size: int) -> Tensor:

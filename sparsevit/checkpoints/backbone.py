@@ -137,7 +137,7 @@ def export_backbone_weights(backbone: SparseSwin, path: str | Path, format: str)
             value = unfold_order(value)
         weights |= {each: part.clone() for each, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
         if name.endswith(BIAS_TABLE) and target.index is not None:
-            index = relative_position_index(backbone.config.window_size, value.device)
+            index = relative_position_index(backbone.config.window_size)
             buffer = theirs[0].removesuffix("_bias_table") + "_index"
             weights[buffer] = (index.flatten() if target.index == "flat" else index).clone()
     if format == "huggingface":

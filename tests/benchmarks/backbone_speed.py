@@ -8,7 +8,8 @@ median. "of peer" is the ratio to the fastest peer in the same mode, "of dense" 
 forward pass in the same mode, "MACs" the same ratio of multiply-accumulates, "of peak" the share of
 the rate of a large square matrix product in the same dtype, measured beside. "peak MiB" is what an
 eager forward pass needs on top of the loaded network: on a CPU the growth of the resident set in a
-fresh process. onnxruntime takes fp32 alone on a CPU.
+fresh process. "compiled" is torch.compile, on a CPU with inductor's `freezing`. onnxruntime takes
+fp32 alone, on a CPU.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 import onnxruntime
 import timm
 import torch
+import torch._inductor.config
 import torchvision
 import transformers
 from torch import Tensor, nn
@@ -136,6 +138,7 @@ def print_table(
     images = torch.randn(setting.batch_size, 3, *setting.image_size, device=device, dtype=dtype)
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     torch._dynamo.config.recompile_limit = 8 * len(vectors)  # every vector is a graph of its own
+    torch._inductor.config.freezing = device.type == "cpu"  # weights are constants, packed beforehand
     square = torch.randn(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for mode in modes:
