@@ -40,12 +40,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
         """Attend inside windows: [P, N, C] and a bias that broadcasts to [P, heads, N, N]."""
-        return linear(self.attend(x_PNC, logit_bias), self.proj)
+        return linear(self.attend(linear(x_PNC, self.qkv), logit_bias), self.proj)
 
-    def attend(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
-        """All but the output projection."""
-        num_windows, num_positions, channels = x_PNC.shape
-        qkv = linear(x_PNC, self.qkv).view(num_windows, num_positions, 3, self.num_heads, -1)
+    def attend(self, qkv_PNC: Tensor, logit_bias: Tensor) -> Tensor:
+        """Attention between the projections: queries, keys and values, [P, N, 3 · C], to [P, N, C]."""
+        num_windows, num_positions, _ = qkv_PNC.shape
+        qkv = qkv_PNC.view(num_windows, num_positions, 3, self.num_heads, -1)
         logit_bias = logit_bias.to(qkv.dtype)
         if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
             return _attend_in_bfloat16(qkv, logit_bias)
@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
             attended: Tensor = torch.softmax(logits, dim=-1) @ value
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
-        return attended.transpose(1, 2).reshape(num_windows, num_positions, channels)
+        return attended.transpose(1, 2).reshape(num_windows, num_positions, -1)
 
 
 def _attend_in_bfloat16(qkv_PN3HD: Tensor, logit_bias: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class SparseStage(nn.Module):
             windows = KeptWindows.gather(grid, kept_BK, num_images)
             x_RC = block(x_RC, windows)
             if kept_BK is not None and self.pruned == "zero":
-                is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_BKN.flatten(), 1.0)
+                is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_PN.flatten(), 1.0)
                 x_RC = x_RC * is_kept_R1
         return x_RC[:num_rows].view(num_images, height, width, channels)
 

@@ -1,7 +1,8 @@
 """A Swin block that works on the windows it is given and leaves every other token alone.
 
 Legend: B images; R rows of the token-major residual stream (B · H · W, and the sink where the grid
-is padded); C channels; M windows of an image; K kept windows; N tokens per window; P = B · K.
+is padded); C channels; M windows of an image; K kept windows; N tokens per window; P = B · K; S tokens
+that are computed.
 """
 
 from collections.abc import Iterator
@@ -26,60 +27,99 @@ class KeptWindows:
     """The windows that a block computes, as rows of the residual stream.
 
     Attributes:
-        rows_BKN: row of the residual stream for every token of every kept window.
-        kept_BK: the kept windows of every image, or None when all are.
+        rows_PN: row of the residual stream for every token of every kept window; the sink for padding.
+        is_padding_PN: the positions that are padding, or None if there are none.
+        mask_type_P: which attention mask applies, or None if the grid has none.
+        positions_S: the positions that are not padding, as numbers into P · N, where they are known
+            before any image: if all windows are kept.
+        num_images: B; every image keeps the same number of windows.
         grid: the partition that the windows belong to.
     """
 
-    rows_BKN: Tensor
-    kept_BK: Tensor | None
+    rows_PN: Tensor
+    is_padding_PN: Tensor | None
+    mask_type_P: Tensor | None
+    positions_S: Tensor | None
+    num_images: int
     grid: WindowGrid
 
     @classmethod
     def gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
         """Turn window numbers into rows; all windows of `num_images` images if `kept_BK` is None."""
+
+        def per_window(values_M: Tensor) -> Tensor:
+            if kept_BK is not None:
+                return values_M[kept_BK.flatten()]
+            return values_M.repeat(num_images, *(1 for _ in values_M.shape[1:]))
+
         num_tokens = grid.num_tokens
-        tokens = grid.tokens_MN[None] if kept_BK is None else grid.tokens_MN[kept_BK]
-        offsets_B = tokens.new_tensor(range(num_images)) * num_tokens
-        rows_BKN = tokens + offsets_B[:, None, None]
-        if grid.is_padding_MN is not None:
-            rows_BKN = rows_BKN.masked_fill(tokens == num_tokens, num_images * num_tokens)
-        return cls(rows_BKN=rows_BKN, kept_BK=kept_BK, grid=grid)
+        rows_PN = per_window(grid.tokens_MN)
+        images_B = rows_PN.new_tensor(range(num_images))
+        offsets_B11 = images_B[:, None, None] * num_tokens
+        rows_PN = (rows_PN.view(num_images, -1, rows_PN.shape[1]) + offsets_B11).flatten(0, 1)
+        is_padding_PN = positions_S = None
+        if grid.is_padding_MN is not None and grid.positions_L is not None:
+            is_padding_PN = per_window(grid.is_padding_MN)
+            rows_PN = rows_PN.masked_fill(is_padding_PN, num_images * num_tokens)
+            if kept_BK is None:
+                positions_S = (grid.positions_L + images_B[:, None] * grid.tokens_MN.numel()).flatten()
+        return cls(
+            rows_PN=rows_PN,
+            is_padding_PN=is_padding_PN,
+            mask_type_P=None if grid.mask_TNN is None else per_window(grid.mask_type_M),
+            positions_S=positions_S,
+            num_images=num_images,
+            grid=grid,
+        )
+
+    def whole(self) -> "WindowChunk":
+        """All of them at once, in shapes that do not depend on the images."""
+        return WindowChunk(self.rows_PN, self.is_padding_PN, self.mask_type_P, self.positions_S)
 
     def chunks(self, max_windows: int) -> Iterator["WindowChunk"]:
-        """The kept windows of all images, at most `max_windows` at a time, evenly."""
-        rows_PN = self.rows_BKN.flatten(0, 1)
-        is_padding_PN = self._per_window(self.grid.is_padding_MN)
-        mask_type_P = None if self.grid.mask_TNN is None else self._per_window(self.grid.mask_type_M)
-        num_chunks = -(-len(rows_PN) // max_windows)
-        if num_chunks == 1:
-            yield WindowChunk(rows_PN, is_padding_PN, mask_type_P)
-            return
-        bounds = [len(rows_PN) * index // num_chunks for index in range(num_chunks + 1)]
+        """At most `max_windows` at a time, evenly, without the padding."""
+        num_windows = len(self.rows_PN)
+        num_chunks = -(-num_windows // max_windows)
+        bounds = [num_windows * index // num_chunks for index in range(num_chunks + 1)]
         for part in map(slice, bounds[:-1], bounds[1:]):
-            yield WindowChunk(
-                rows_PN[part],
-                None if is_padding_PN is None else is_padding_PN[part],
-                None if mask_type_P is None else mask_type_P[part],
-            )
-
-    def _per_window(self, values_M: Tensor | None) -> Tensor | None:
-        """Look up a value of the grid's windows for the kept ones: [P, …]."""
-        if values_M is None:
-            return None
-        if self.kept_BK is not None:
-            return values_M[self.kept_BK.flatten()]
-        num_images = self.rows_BKN.shape[0]
-        return values_M.repeat(num_images, *(1 for _ in values_M.shape[1:]))
+            is_padding_PN = None if self.is_padding_PN is None else self.is_padding_PN[part]
+            positions_S = None
+            if is_padding_PN is not None:
+                positions_S = is_padding_PN.flatten().logical_not().nonzero().flatten()
+            mask_type_P = None if self.mask_type_P is None else self.mask_type_P[part]
+            yield WindowChunk(self.rows_PN[part], is_padding_PN, mask_type_P, positions_S)
 
 
 @dataclass(frozen=True)
 class WindowChunk:
-    """Windows that go through a block together."""
+    """Windows that go through a block together, and which of their positions are computed.
+
+    Only the products of queries, keys and values need whole windows: all else works on S tokens,
+    which leave the padding out where `positions_S` names the others.
+    """
 
     rows_PN: Tensor
     is_padding_PN: Tensor | None
     mask_type_P: Tensor | None
+    positions_S: Tensor | None
+
+    @property
+    def rows_S(self) -> Tensor:
+        rows = self.rows_PN.flatten()
+        return rows if self.positions_S is None else rows.index_select(0, self.positions_S)
+
+    def to_windows(self, x_SC: Tensor, padding_C: Tensor) -> Tensor:
+        """[S, C] to [P, N, C], with a value for the padding that S leaves out."""
+        num_windows, num_positions = self.rows_PN.shape
+        if self.positions_S is not None:
+            all_padding = padding_C.to(x_SC.dtype).expand(num_windows * num_positions, -1)
+            x_SC = all_padding.index_copy(0, self.positions_S, x_SC)
+        return x_SC.view(num_windows, num_positions, -1)
+
+    def to_tokens(self, x_PNC: Tensor) -> Tensor:
+        """[P, N, C] to [S, C]."""
+        x = x_PNC.flatten(0, 1)
+        return x if self.positions_S is None else x.index_select(0, self.positions_S)
 
 
 class Mlp(nn.Module):
@@ -127,46 +167,49 @@ class SwinBlock(nn.Module):
         Padding is zero after LN1 and takes part in attention, as in every dense Swin. For inference
         on a CPU the windows go through in chunks whose intermediates stay in its cache.
         """
-        num_images, num_kept, num_positions = windows.rows_BKN.shape
         dtype = _compute_dtype(x_RC)
-        is_fast = is_fused(x_RC.device, dtype)
-        max_windows = num_images * num_kept
+        is_fast = is_fused(x_RC.device, dtype) and not self.training
         if is_fast:
+            num_positions = windows.rows_PN.shape[1]
             bytes_per_window = num_positions * self.mlp.fc1.out_features * dtype.itemsize
-            max_windows = max(1, CHUNK_BYTES // bytes_per_window)
+            chunks = windows.chunks(max_windows=max(1, CHUNK_BYTES // bytes_per_window))
+        else:
+            chunks = iter([windows.whole()])
         with torch.autocast(x_RC.device.type, enabled=False) if is_fast else nullcontext():
             logit_bias = self.attn.logit_bias(windows.grid)
-            for chunk in windows.chunks(max_windows):
-                rows_R = chunk.rows_PN.flatten()
-                tokens = x_RC.index_select(0, rows_R).view(*chunk.rows_PN.shape, -1)
+            for chunk in chunks:
+                rows_S = chunk.rows_S
+                tokens = x_RC.index_select(0, rows_S)
+                arguments = (tokens, chunk, logit_bias, windows.num_images, dtype)
                 if self.checkpoints and torch.is_grad_enabled():
-                    tokens = checkpoint(
-                        self._update, tokens, chunk, logit_bias, num_images, dtype, use_reentrant=False
-                    )
+                    tokens = checkpoint(self._update, *arguments, use_reentrant=False)
                 else:
-                    tokens = self._update(tokens, chunk, logit_bias, num_images, dtype)
-                x_RC = x_RC.index_copy_(0, rows_R, tokens.flatten(0, 1).to(x_RC.dtype))
+                    tokens = self._update(*arguments)
+                x_RC = x_RC.index_copy_(0, rows_S, tokens.to(x_RC.dtype))
         return x_RC
 
     def _update(
         self, tokens: Tensor, chunk: WindowChunk, logit_bias: Tensor, num_images: int, dtype: torch.dtype
     ) -> Tensor:
-        """New tokens of the windows of a chunk: [P, N, C] to the same."""
+        """New tokens of the windows of a chunk: [S, C] to the same."""
         normed = self.norm1(tokens).to(dtype)
-        if chunk.is_padding_PN is not None:
-            normed = normed.masked_fill(chunk.is_padding_PN[..., None], 0.0)
+        if chunk.is_padding_PN is not None and chunk.positions_S is None:
+            normed = normed.masked_fill(chunk.is_padding_PN.view(-1, 1), 0.0)
+        qkv = self.attn.qkv
+        qkv_PNC = chunk.to_windows(linear(normed, qkv), qkv.bias)  # of padding, which is zero: the bias
         bias = logit_bias if chunk.mask_type_P is None else logit_bias.index_select(0, chunk.mask_type_P)
-        tokens = self._add(tokens, self.attn.attend(normed, bias), self.attn.proj, num_images)
+        attended = chunk.to_tokens(self.attn.attend(qkv_PNC, bias))
+        tokens = self._add(tokens, attended, self.attn.proj, num_images)
         normed = self.norm2(tokens).to(dtype)
         return self._add(tokens, linear_gelu(normed, self.mlp.fc1), self.mlp.fc2, num_images)
 
-    def _add(self, tokens_PNC: Tensor, x: Tensor, layer: nn.Linear, num_images: int) -> Tensor:
+    def _add(self, tokens_SC: Tensor, x: Tensor, layer: nn.Linear, num_images: int) -> Tensor:
         """``tokens + layer(x)``; in training the branch is dropped for whole images (stochastic depth)."""
         if not self.training or self.drop_path_rate == 0.0:
-            return linear_add(x, layer, tokens_PNC)
+            return linear_add(x, layer, tokens_SC)
         branch: Tensor = layer(x)
         kept: Tensor = stochastic_depth(branch.view(num_images, -1), self.drop_path_rate, mode="row")
-        return tokens_PNC + kept.view_as(branch)
+        return tokens_SC + kept.view_as(branch)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

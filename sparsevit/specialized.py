@@ -65,6 +65,7 @@ class SpecializedSwin(nn.Module):
         tables = {
             "tokens": grid.tokens_MN,
             "is_padding": grid.is_padding_MN,
+            "positions": grid.positions_L,
             "mask_type": grid.mask_type_M,
             "mask": grid.mask_TNN,
             "bias_row": grid.bias_row_NN,
@@ -77,6 +78,7 @@ class SpecializedSwin(nn.Module):
         return WindowGrid(
             tokens_MN=self.get_buffer(f"{name}_tokens"),
             is_padding_MN=self._optional(f"{name}_is_padding"),
+            positions_L=self._optional(f"{name}_positions"),
             mask_type_M=self.get_buffer(f"{name}_mask_type"),
             mask_TNN=self._optional(f"{name}_mask"),
             bias_row_NN=self.get_buffer(f"{name}_bias_row"),

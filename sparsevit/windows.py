@@ -1,6 +1,7 @@
 """Window geometry: which tokens belong to which window, as index tables.
 
-Legend: H, W token grid of a stage; M number of windows; N tokens per window; T attention-mask types.
+Legend: H, W token grid of a stage; L = H · W; M number of windows; N tokens per window; T
+attention-mask types.
 
 The tables are built once per grid and cached. A token is a row of the flattened grid; row
 ``H·W``, the sink, stands for every position of the zero padding that rounds the grid up to
@@ -24,6 +25,7 @@ class WindowGrid:
     Attributes:
         tokens_MN: row of the flattened grid for every window position; ``H·W`` where it is padding.
         is_padding_MN: the positions that are padding, or None if there are none.
+        positions_L: the positions that are not, as numbers into M · N; None if all are.
         mask_type_M: row of `mask_TNN` that applies to a window.
         mask_TNN: True where a query may not attend to a key, because the cyclic shift brought
             together tokens that are not neighbours; None without shift.
@@ -32,6 +34,7 @@ class WindowGrid:
 
     tokens_MN: Tensor
     is_padding_MN: Tensor | None
+    positions_L: Tensor | None
     mask_type_M: Tensor
     mask_TNN: Tensor | None
     bias_row_NN: Tensor
@@ -103,6 +106,9 @@ def window_grid(
     return WindowGrid(
         tokens_MN=tokens_MN.to(device),
         is_padding_MN=None if is_padding_MN is None else is_padding_MN.to(device),
+        positions_L=None
+        if is_padding_MN is None
+        else (~is_padding_MN).flatten().nonzero().flatten().to(device),
         mask_type_M=mask_type_M.to(device),
         mask_TNN=None if mask_TNN is None else mask_TNN.to(device),
         bias_row_NN=relative_position_index(window_size).to(device),

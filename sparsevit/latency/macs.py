@@ -5,7 +5,10 @@ from sparsevit.sparsity import SparsitySpace, SparsityVector, count_kept_windows
 
 
 def count_macs(config: SwinConfig, image_size: tuple[int, int], sparsity: SparsityVector) -> int:
-    """Count matrix products of one image, window padding included (SparseViT, table 2).
+    """Count matrix products of one image (SparseViT, table 2).
+
+    Padding takes part in attention alone. Of windows that are kept it is assumed that they hold as
+    little of it as possible: a window of padding has a low score.
 
     Args:
         image_size: height and width in pixels.
@@ -16,11 +19,12 @@ def count_macs(config: SwinConfig, image_size: tuple[int, int], sparsity: Sparsi
     macs = height * width * channels * 3 * config.patch_size**2
     for stage, ratios in enumerate(SparsitySpace(config.depths).split(sparsity.ratios)):
         num_windows = -(-height // config.window_size) * -(-width // config.window_size)
-        dense = int((4 + 2 * config.mlp_ratio) * channels**2)
-        per_window = positions * dense + 2 * positions**2 * channels
+        per_token = int((4 + 2 * config.mlp_ratio) * channels**2)
         for block in range(config.depths[stage]):
             ratio = ratios[block // 2]
-            macs += per_window * (count_kept_windows(num_windows, ratio) if ratio else num_windows)
+            num_kept = count_kept_windows(num_windows, ratio) if ratio else num_windows
+            macs += per_token * min(num_kept * positions, height * width)
+            macs += num_kept * 2 * positions**2 * channels
         if stage + 1 < len(config.depths):
             height, width = -(-height // 2), -(-width // 2)
             macs += height * width * 4 * channels * 2 * channels

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit import SparsitySpace, SparsityVector, create_backbone
 from sparsevit.backbone import BACKBONES
@@ -142,6 +143,17 @@ def test_macs_equal_the_published(ratios: tuple[float, ...], published_g: float)
     """SparseViT, table 2: Swin-T, four images of 672×672."""
     macs = 4 * count_macs(BACKBONES["swin_t"], (672, 672), SparsityVector(ratios))
     assert macs / 1e9 == pytest.approx(published_g, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [((224, 224), 0.0), ((224, 224), 0.4), ((100, 152), 0.0), ((64, 176), 0.0)]
+)
+def test_macs_are_those_that_the_backbone_computes(size: tuple[int, int], ratio: float) -> None:
+    backbone = create_backbone("swin_t").eval()
+    vector = backbone.space.uniform(ratio)
+    with FlopCounterMode(display=False) as counter:
+        backbone(torch.zeros(1, 3, *size), vector)
+    assert counter.get_total_flops() == 2 * count_macs(backbone.config, size, vector)
 
 
 def test_calibration_measures_a_real_backbone() -> None:
