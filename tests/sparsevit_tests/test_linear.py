@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from sparsevit import SparseSwin, SwinConfig, block, parts
+from sparsevit import block, parts
 from sparsevit.attention import WindowAttention
 from sparsevit.linear import has_operators, is_fused, linear, linear_add, linear_gelu
+from tests.sparsevit_tests.tiny_swin import random_backbone
 
-TINY = SwinConfig(embed_dim=16, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
 pytestmark = pytest.mark.skipif(not has_operators(), reason="this PyTorch has no joined operators")
 
 
@@ -98,14 +98,6 @@ def test_hooks_and_parametrizations_are_respected() -> None:
     with torch.no_grad():
         for layer in (hooked, parametrized):
             torch.testing.assert_close(linear(x, layer), layer(x))
-
-
-def random_backbone() -> SparseSwin:
-    torch.manual_seed(3)
-    backbone = SparseSwin(TINY).eval()
-    for parameter in backbone.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return backbone
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,22 +6,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsevit import SparseSwin, SparsityVector, SwinConfig
+from sparsevit import SparseSwin, SparsityVector
+from tests.sparsevit_tests.tiny_swin import random_backbone
 
-TINY = SwinConfig(embed_dim=16, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
 SIZE = (52, 76)  # grids that are padded, one of them odd
 VECTORS = [SparsityVector((0.0,) * 4), SparsityVector((0.6, 0.0, 0.4, 0.7))]
 
 
 @pytest.fixture(scope="module")
 def backbone() -> SparseSwin:
-    torch.manual_seed(0)
-    built = SparseSwin(TINY).eval()
-    for parameter in built.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return built
+    return random_backbone()
 
 
 @pytest.fixture(scope="module")
