@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from pipelines.schema import ConfigSchema, SamplerSchema, TrainingSchema
-from search.engine import EngineConfig
-from search.objectives import Admission, Constraint, Objective
-from search.sampler import RandomVectorSampler, SparsityNSGAIISampler, VectorSource
+from pipelines.errors import ConfigurationError
+from pipelines.schema import ConfigSchema, TrainingSchema
+from search.dispatch import Budget
+from search.engine import EngineConfig, check_cluster
+from search.problem import CheapQuantity, Constraint, Objective, SearchProblem
+from search.samplers import SAMPLERS, SamplerConfig, create_sampler
 from search.selection import RULES
+from search.warm_start import warm_start
 from sparsevit.adaptation import sampling_law
 from sparsevit.backbone import BACKBONES, SparseSwin, create_backbone
 from sparsevit.data.coco import CocoInstances, locate_split
@@ -25,12 +29,7 @@ from sparsevit.tasks import Task, create_task
 from sparsevit.training import TrainingConfig
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-SAMPLERS = ("nsga2", "random")
 CHEAP_QUANTITIES = ("latency_ms", "macs_g")
-
-
-class ConfigurationError(ValueError):
-    """A value of the configuration cannot be used."""
 
 
 def check(config: ConfigSchema) -> None:
@@ -46,31 +45,28 @@ def check(config: ConfigSchema) -> None:
     check_precision(config.evaluation.precision)
     calibration(config)
     engine(config)
-    _one_of("sampler.name", config.sampler.name, SAMPLERS)
+    check_cluster(config.cluster.address)
+    _one_of("sampler.name", config.sampler.name, tuple(SAMPLERS))
     _one_of("finetune.rule", config.finetune.rule, RULES)
     _one_of("data.verify", config.data.verify, ("decode", "header", "none"))
     finetuned_vector(config)
     if config.finetune.rule == "latency_budget" and config.finetune.latency_budget_ms is None:
         raise ConfigurationError("finetune.rule=latency_budget needs finetune.latency_budget_ms")
-    for objective in objectives(config):
-        known = (*CHEAP_QUANTITIES, "mask_ap", "box_ap")
-        _one_of("an objective of the search", objective.name, known)
-    for constraint in constraints(config):
-        _one_of("a constraint of the search", constraint.name, CHEAP_QUANTITIES)
-    if config.search.num_evaluations < 1 or config.sampler.population_size < 2:
-        raise ConfigurationError(
-            f"search.num_evaluations must be at least 1 and sampler.population_size at least 2, got "
-            f"{config.search.num_evaluations} and {config.sampler.population_size}"
-        )
     for name, value in (
         ("evaluation.batch_size", config.evaluation.batch_size),
         ("search.num_images", config.search.num_images),
+        ("search.num_evaluations", config.search.num_evaluations),
+        ("search.plateau", config.search.plateau),
+        ("search.max_failures", config.search.max_failures),
         ("report.num_rounds", config.report.num_rounds),
         ("report.max_members", config.report.max_members),
         ("data.limit", config.data.limit),
     ):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} must be at least 1, got {value}")
+    budget(config)
+    create_sampler(problem(config, dict.fromkeys(CHEAP_QUANTITIES, lambda vector: 0.0)), sampler(config))
+    warm_start(list(config.search.warm_start), space(config))
     if config.backbone.choices[0] != 0:
         raise ConfigurationError(
             f"backbone.choices must begin with 0, the dense model, got {list(config.backbone.choices)}"
@@ -159,14 +155,10 @@ def calibration(config: ConfigSchema) -> CalibrationConfig:
 
 def engine(config: ConfigSchema) -> EngineConfig:
     fields = plain(config.cluster)
-    if fields["num_workers"] < 1 or fields["num_retries"] < 0:
-        raise ConfigurationError(
-            f"cluster.num_workers must be at least 1 and cluster.num_retries at least 0, got "
-            f"{fields['num_workers']} and {fields['num_retries']}"
-        )
-    if fields["gpus_per_worker"] == 0 and device(config).type == "cuda":
-        fields["gpus_per_worker"] = 1 / fields["num_workers"]
-    return EngineConfig(**fields)
+    cluster = EngineConfig(**fields)
+    if cluster.gpus_per_worker == 0 and device(config).type == "cuda":
+        return replace(cluster, gpus_per_worker=1 / (cluster.num_workers or 1))
+    return cluster
 
 
 def objectives(config: ConfigSchema) -> list[Objective]:
@@ -187,20 +179,28 @@ def constraints(config: ConfigSchema) -> list[Constraint]:
     return bounds
 
 
-def sampler(
-    config: SamplerSchema, space: SparsitySpace, admission: Admission, seed: int
-) -> tuple[Any, VectorSource]:
-    """An Optuna sampler, and the source of its vectors."""
-    source = VectorSource(space, admission, seed=seed)
-    if config.name == "random":
-        return RandomVectorSampler(source), source
-    nsga2 = SparsityNSGAIISampler(
-        source,
-        population_size=config.population_size,
-        crossover_share=config.crossover_share,
-        mutation_probability=config.mutation_probability,
+def problem(config: ConfigSchema, quantities: Mapping[str, CheapQuantity]) -> SearchProblem:
+    """What the search is about, given how its cheap quantities are computed."""
+    evaluated = task(config, num_classes=1).metrics
+    return SearchProblem(space(config), objectives(config), quantities, evaluated, constraints(config))
+
+
+def budget(config: ConfigSchema) -> Budget:
+    search = config.search
+    return Budget(
+        num_evaluations=search.num_evaluations,
+        seconds=None if search.max_hours is None else 3600 * search.max_hours,
+        plateau=search.plateau,
+        plateau_gain=search.plateau_gain,
+        max_failures=search.max_failures,
     )
-    return nsga2, source
+
+
+def sampler(config: ConfigSchema) -> SamplerConfig:
+    fields = plain(config.sampler)
+    if fields["num_parents"] is None:
+        fields["num_parents"] = max(2, config.sampler.population_size // 4)
+    return SamplerConfig(seed=config.search.seed, **fields)
 
 
 def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, CocoInstances, CocoInstances]:

@@ -19,8 +19,10 @@ from omegaconf.errors import (
 )
 
 from pipelines import schema
+from pipelines.errors import RunStopped
 from pipelines.progress import progress_bar
 
+EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
 SLOW_IMPORTS = ("torch", "sparsevit.tasks", "search.engine", "pipelines.plots", "pipelines.workflow")
 CONF = Path(__file__).parent.parent / "conf"
@@ -48,6 +50,8 @@ def main() -> None:
         _exit(f"{error.full_key or error} has no value: set it on the command line")
     except (HydraException, OmegaConfBaseException) as error:
         _exit(_explain(error))
+    except RunStopped as error:
+        _exit(str(error), status=EXIT_STOPPED)
     except ValueError as error:
         if not _is_ours(error):
             raise
@@ -78,9 +82,9 @@ def _is_ours(error: BaseException) -> bool:
     )
 
 
-def _exit(message: str) -> None:
+def _exit(message: str, status: int = EXIT_BAD_INPUT) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    sys.exit(status)
 
 
 def _explain(error: BaseException) -> str:

@@ -101,8 +101,11 @@ class LatencySchema:
 
 @dataclass
 class ObjectiveSchema:
+    """`reference` is the worst value of interest, where hypervolume begins; null finds one."""
+
     name: str = MISSING
     direction: str = MISSING
+    reference: float | None = None
 
 
 @dataclass
@@ -114,7 +117,21 @@ class ConstraintSchema:
 
 @dataclass
 class SearchSchema:
-    num_evaluations: int = MISSING
+    """The search ends with the first budget that is spent; null leaves one out.
+
+    With `deterministic` the same seed evaluates the same vectors however many workers there are, at
+    the price of waiting for the slowest trial of every generation.
+    """
+
+    num_evaluations: int | None = MISSING
+    max_hours: float | None = None
+    plateau: int | None = None
+    plateau_gain: float = MISSING
+    max_failures: int | None = None
+    deterministic: bool = False
+    dry_run: bool = False
+    warm_start: list[str] = field(default_factory=list)
+    storage: str | None = None
     seed: int = MISSING
     objectives: list[ObjectiveSchema] = MISSING
     constraints: list[ConstraintSchema] = field(default_factory=list)
@@ -134,8 +151,11 @@ class EvaluationSchema:
 class SamplerSchema:
     name: str = MISSING
     population_size: int = MISSING
+    num_parents: int | None = None  # None: a quarter of the population
     crossover_share: float = MISSING
     mutation_probability: float = MISSING
+    spread: str = MISSING
+    num_attempts: int = MISSING
 
 
 @dataclass
@@ -147,10 +167,11 @@ class ReportSchema:
 @dataclass
 class ClusterSchema:
     address: str | None = None
-    num_workers: int = MISSING
+    num_workers: int | None = MISSING
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     num_retries: int = 1
+    trial_timeout_s: float | None = None
     object_store_mib: int = 256
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pipelines import build, schema
 from pipelines.artifacts import METRICS_FILE, ArtifactStore, StageResult, content_key, write_json, write_text
 from pipelines.context import Run, Stage
+from pipelines.errors import ConfigurationError
 from pipelines.plots import HTML_FILE
 from pipelines.progress import progress_bar
 from pipelines.stages.adapt import Adapt
@@ -21,7 +22,7 @@ from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
 from pipelines.stages.search import Search, cheap_quantities
 from pipelines.stages.train import Train
 from pipelines.tracking import PARENT, NoTracker, Tracker
-from search.objectives import Admission, Constraint
+from search.problem import Constraint
 from sparsevit import __version__
 
 STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
@@ -158,10 +159,11 @@ def _run_stage(run: Run, stage: Stage, key: str) -> None:
 
 def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
     """Fail as soon as the device is known, if no vector can meet the budget."""
-    bounds = build.constraints(run.config)
-    if run.config.finetune.latency_budget_ms is not None:
-        bounds.append(Constraint("latency_ms", upper=run.config.finetune.latency_budget_ms))
-    Admission(cheap_quantities(run, calibration.folder), bounds).require_feasible(run.space)
+    problem = build.problem(run.config, cheap_quantities(run, calibration.folder))
+    problem.require_feasible()
+    budget_ms = run.config.finetune.latency_budget_ms
+    if budget_ms is not None:
+        replace(problem, constraints=[Constraint("latency_ms", upper=budget_ms)]).require_feasible()
 
 
 def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[Stage]:
@@ -174,7 +176,7 @@ def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[St
 def _until(name: str) -> tuple[Stage, ...]:
     names = [stage.name for stage in STAGES]
     if name not in names:
-        raise build.ConfigurationError(f"until={name}: choose one of {', '.join(names)}")
+        raise ConfigurationError(f"until={name}: choose one of {', '.join(names)}")
     return STAGES[: names.index(name) + 1]
 
 

@@ -1,6 +1,7 @@
-"""Search over sparsity vectors: Optuna proposes, Ray Tune evaluates, the study remembers."""
+"""Search over vectors: Optuna proposes, Ray Tune evaluates, the study remembers."""
 
-from search.objectives import Constraint, Objective
 from search.pareto import FrontMember, ParetoFront
+from search.problem import Constraint, Objective, SearchProblem
+from search.space import GeneSpace
 
-__all__ = ["Constraint", "FrontMember", "Objective", "ParetoFront"]
+__all__ = ["Constraint", "FrontMember", "GeneSpace", "Objective", "ParetoFront", "SearchProblem"]

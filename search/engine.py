@@ -1,41 +1,40 @@
-"""Ray Tune as the engine of a search: it places, retries and counts; the study remembers.
+"""Ray Tune as the engine of a search: it places trials, keeps workers, and replaces lost ones.
 
-Tune's own state is disposable and lives in a temporary folder. A trial's result is told to the
-study as soon as the driver has it; a search that is opened again spends what is left of its budget.
+Tune's own state is disposable and lives in a temporary folder. What runs next and what came out is
+the dispatcher's: it tells the study as soon as the driver has a result.
 """
 
+import faulthandler
 import json
 import logging
 import math
 import os
+import socket
+import sys
 import tempfile
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt ends the run, not the search
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # grows with the trials; nothing reads it
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from optuna import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
 from ray import cloudpickle, tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.search import Searcher
 
-from search.encoding import decode, distributions
+from search.dispatch import Dispatcher
 from search.evaluator import EvaluatorFactory
-from search.objectives import Admission
-from search.study import REASON, counted_trials
-from search.variation import SearchExhausted
-from sparsevit.sparsity import SparsitySpace, SparsityVector
+from search.space import SearchSpace
 
 logger = logging.getLogger(__name__)
-OnTrial = Callable[[FrozenTrial], None]
+CONNECTION_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -44,59 +43,74 @@ class EngineConfig:
 
     Attributes:
         address: of a Ray cluster; None starts one on this machine (or joins that of RAY_ADDRESS).
-        num_workers: trials at a time.
-        num_retries: how often a trial that raises, returns NaN or loses its worker is tried again.
+        num_workers: trials at a time; None takes as many as the cluster has room for, now and later.
+        num_retries: how often a trial that raises, returns NaN, hangs or loses its worker is tried again.
+        trial_timeout_s: a trial that takes longer is taken for hung and its worker ended; None waits.
+
+    Raises:
+        ValueError: for a number out of range.
     """
 
     address: str | None = None
-    num_workers: int = 2
+    num_workers: int | None = 2
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     num_retries: int = 1
+    trial_timeout_s: float | None = None
     object_store_mib: int = 256
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("num_workers", 1), ("num_retries", 0), ("object_store_mib", 76)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"cluster.{name} must be at least {lowest}, got {value}")
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"cluster.{name} must be at least 0, got {getattr(self, name)}")
+        if self.trial_timeout_s is not None and not self.trial_timeout_s > 0:
+            raise ValueError(f"cluster.trial_timeout_s must be positive, got {self.trial_timeout_s}")
+        if self.num_workers is None and self.address is None and "RAY_ADDRESS" not in os.environ:
+            raise ValueError("cluster.num_workers=null needs a cluster: set cluster.address or RAY_ADDRESS")
 
 
 def run_search(
-    study: Study,
-    space: SparsitySpace,
-    admission: Admission,
+    dispatcher: Dispatcher,
     factory: EvaluatorFactory,
     config: EngineConfig,
     *,
-    num_evaluations: int,
     sample_budget: int | None = None,
-    on_trial: OnTrial = lambda trial: None,
-) -> None:
-    """Spend what is left of `num_evaluations` on vectors that the study's sampler proposes.
+) -> str:
+    """Run the dispatcher's trials on Ray until its budget is spent.
 
     Args:
-        admission: cheap quantities, stored with every trial beside what the evaluator returns.
         factory: builds the evaluator, once in every worker.
         sample_budget: handed to the evaluator with every vector.
-        on_trial: called in this process for every finished trial, complete or failed.
 
-    Raises:
-        ValueError: if no vector meets the constraints.
+    Returns:
+        What ended the search, in words.
     """
-    num_left = num_evaluations - len(counted_trials(study))
-    if num_left <= 0:
-        return
-    searcher = StudySearcher(study, space, admission, num_trials=num_left, on_trial=on_trial)
+    if dispatcher.stopped_by is not None:
+        return dispatcher.stopped_by
     owns_ray = not ray.is_initialized()
     start_ray(config)
     try:
         with tempfile.TemporaryDirectory(prefix="sparsevit-tune-") as scratch:
             trainable = tune.with_resources(
                 tune.with_parameters(
-                    VectorTrial, factory=factory, sample_budget=sample_budget, num_retries=config.num_retries
+                    VectorTrial,
+                    factory=factory,
+                    space=dispatcher.problem.space,
+                    sample_budget=sample_budget,
+                    config=config,
                 ),
                 {"cpu": config.cpus_per_worker, "gpu": config.gpus_per_worker},
             )
+            searcher = StudySearcher(dispatcher)
             tune.Tuner(
                 trainable,
                 tune_config=TuneConfig(
                     search_alg=searcher,
-                    num_samples=num_left,
+                    num_samples=-1,
                     max_concurrent_trials=config.num_workers,
                     reuse_actors=True,
                 ),
@@ -106,21 +120,34 @@ def run_search(
                     verbose=0,
                     failure_config=FailureConfig(max_failures=config.num_retries),
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[_TellLostWorkers(searcher)],
+                    callbacks=[_TellLostWorkers(searcher, config.trial_timeout_s)],
                 ),
             ).fit()
     finally:
         if owns_ray:
             ray.shutdown()
-    if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-        if searcher.exhausted is not None:
-            raise searcher.exhausted
-        reasons = {trial.user_attrs[REASON] for trial in counted_trials(study)}
-        raise RuntimeError(f"every evaluation of the search failed: {'; '.join(sorted(reasons))[:500]}")
-    if searcher.exhausted is not None:
-        logger.warning("warning: the search ends early: %s", searcher.exhausted)
-    elif len(counted_trials(study)) < num_evaluations:
+    if dispatcher.stopped_by is None:
         raise RuntimeError("Ray Tune stopped before the search was finished: run again to go on")
+    return dispatcher.stopped_by
+
+
+def check_cluster(address: str | None) -> None:
+    """Fail within seconds if there is no cluster at an address.
+
+    Raises:
+        ValueError: naming the address and how to start a cluster.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address or address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECTION_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, or run "
+            "on this machine with cluster=local"
+        ) from None
 
 
 def start_ray(config: EngineConfig) -> None:
@@ -131,8 +158,9 @@ def start_ray(config: EngineConfig) -> None:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    num_workers = config.num_workers or 1
     ray.init(
-        num_cpus=max(1, math.ceil(config.num_workers * config.cpus_per_worker)),
+        num_cpus=max(1, math.ceil(num_workers * config.cpus_per_worker)),
         object_store_memory=config.object_store_mib * 2**20,
         include_dashboard=False,
         log_to_driver=False,
@@ -144,23 +172,30 @@ class VectorTrial(tune.Trainable):
     """A worker: builds the evaluator once, then scores one vector per trial."""
 
     def setup(  # type: ignore[override]  # Tune passes what with_parameters was given
-        self, config: dict[str, Any], factory: EvaluatorFactory, sample_budget: int | None, num_retries: int
+        self,
+        trial_config: dict[str, Any],
+        factory: EvaluatorFactory,
+        space: SearchSpace,
+        sample_budget: int | None,
+        config: EngineConfig,
     ) -> None:
         self._evaluate = factory()
+        self._space = space
         self._sample_budget = sample_budget
-        self._num_attempts = 1 + num_retries
+        self._num_attempts = 1 + config.num_retries
+        self._timeout_s = config.trial_timeout_s
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.config = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Score the vector. An exception is retried here, where the supernet is already loaded."""
-        vector = SparsityVector(tuple(self.config["ratios"]))
+        """Score the vector. An exception is retried here, where the model is already loaded."""
+        vector = self._space.canonicalize(self.config["values"])
         reason = ""
         for _ in range(self._num_attempts):
             try:
-                values = dict(self._evaluate(vector, self._sample_budget))
+                values = self._watched(vector)
             except Exception as error:  # noqa: BLE001  (whatever a user's evaluator raises is recorded)
                 reason = f"{type(error).__name__}: {error}"
                 continue
@@ -176,35 +211,33 @@ class VectorTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load."""
 
+    def _watched(self, vector: Any) -> dict[str, float]:
+        """Evaluate; after the timeout a thread outside Python ends this process, whatever it is doing."""
+        if self._timeout_s is None:
+            return dict(self._evaluate(vector, self._sample_budget))
+        faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.stderr.fileno())
+        try:
+            return dict(self._evaluate(vector, self._sample_budget))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
 
 class StudySearcher(Searcher):
-    """Hands the study's proposals to Tune and Tune's results to the study."""
+    """Hands the dispatcher's trials to Tune and Tune's results to the dispatcher."""
 
-    def __init__(
-        self, study: Study, space: SparsitySpace, admission: Admission, *, num_trials: int, on_trial: OnTrial
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self._study = study
-        self._space = space
-        self._admission = admission
-        self._num_left = num_trials
-        self._on_trial = on_trial
-        self._running: dict[str, Trial] = {}
-        self.exhausted: SearchExhausted | None = None
+        self._dispatcher = dispatcher
+        self._numbers: dict[str, int] = {}  # Tune's name of a trial to its number in the study
 
     def suggest(  # type: ignore[override]  # Searcher.FINISHED is a string
         self, trial_id: str
     ) -> dict[str, Any] | str | None:
-        if self._num_left <= 0 or self.exhausted is not None:
-            return str(Searcher.FINISHED)
-        try:
-            trial = self._study.ask(distributions(self._space))
-        except SearchExhausted as error:
-            self.exhausted = error
-            return str(Searcher.FINISHED)
-        self._num_left -= 1
-        self._running[trial_id] = trial
-        return {"ratios": list(decode(trial.params, self._space).ratios)}
+        trial = self._dispatcher.next_trial()
+        if trial is None:
+            return str(Searcher.FINISHED) if self._dispatcher.is_over else None
+        self._numbers[trial_id] = trial.number
+        return {"values": list(self._dispatcher.vector_of(trial))}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -214,22 +247,12 @@ class StudySearcher(Searcher):
         outcome = json.loads(result["outcome"])  # a string, because Tune flattens nested results
         if "failure" in outcome:
             self.fail(trial_id, outcome["failure"])
-            return
-        trial = self._running.pop(trial_id)
-        values = {**self._admission.measure(decode(trial.params, self._space)), **outcome["values"]}
-        for name, value in values.items():
-            trial.set_user_attr(name, value)
-        names = self._study.metric_names
-        assert names is not None
-        self._study.tell(trial, [values[name] for name in names])
-        self._on_trial(self._frozen(trial))
+        else:
+            self._dispatcher.tell(self._numbers.pop(trial_id), outcome["values"])
 
     def fail(self, trial_id: str, reason: str) -> None:
         """Record a trial that failed for good."""
-        trial = self._running.pop(trial_id)
-        trial.set_user_attr(REASON, reason)
-        self._study.tell(trial, state=TrialState.FAIL)
-        self._on_trial(self._frozen(trial))
+        self._dispatcher.fail(self._numbers.pop(trial_id), reason)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher now and then; all that matters is in the study on disk."""
@@ -241,18 +264,28 @@ class StudySearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
 
-    def _frozen(self, trial: Trial) -> FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[trial.number]
-
 
 class _TellLostWorkers(Callback):
     """Tune tells a searcher that a trial is lost, but a callback why."""
 
-    def __init__(self, searcher: StudySearcher) -> None:
+    def __init__(self, searcher: StudySearcher, timeout_s: float | None) -> None:
         self._searcher = searcher
+        self._timeout_s = timeout_s
+        self._started: dict[str, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._started[trial.trial_id] = time.monotonic()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._searcher.fail(trial.trial_id, _reason_of(trial))
+        elapsed_s = time.monotonic() - self._started.pop(trial.trial_id, math.inf)
+        reason = _reason_of(trial)
+        if self._timeout_s is not None and elapsed_s >= self._timeout_s:
+            reason = f"no result within {self._timeout_s:g} s, so its worker was ended"
+        self._searcher.fail(trial.trial_id, reason)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the searcher: nothing to keep."""
+        return {}
 
 
 def _reason_of(trial: Any) -> str:

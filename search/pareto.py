@@ -3,16 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from search.objectives import Objective
-from sparsevit.sparsity import SparsityVector
+from search.problem import Objective
 
 
 @dataclass(frozen=True)
 class FrontMember:
     """A vector and its quantities, by name."""
 
-    vector: SparsityVector
+    vector: Any  # of the space that was searched
     values: Mapping[str, float]
 
 
@@ -38,6 +38,18 @@ class ParetoFront:
         members.sort(key=lambda member: _costs(member, objectives)[::-1])
         return cls(tuple(objectives), tuple(members))
 
+    def with_candidate(self, candidate: FrontMember) -> "ParetoFront":
+        """The front of the members and one more; itself if the candidate adds nothing."""
+        point = _costs(candidate, self.objectives)
+        costs = [_costs(member, self.objectives) for member in self.members]
+        if any(other == point or _dominates(other, point) for other in costs):
+            return self
+        kept = [
+            member for member, cost in zip(self.members, costs, strict=True) if not _dominates(point, cost)
+        ]
+        members = sorted([*kept, candidate], key=lambda member: _costs(member, self.objectives)[::-1])
+        return ParetoFront(self.objectives, tuple(members))
+
     def hypervolume(self, reference: Mapping[str, float]) -> float:
         """Volume that the members dominate, up to `reference` (a value per objective).
 
@@ -60,9 +72,7 @@ class ParetoFront:
                     {"name": objective.name, "direction": objective.direction}
                     for objective in self.objectives
                 ],
-                "members": [
-                    {"vector": list(member.vector.ratios), **member.values} for member in self.members
-                ],
+                "members": [{"vector": list(member.vector), **member.values} for member in self.members],
             },
             indent=2,
         )

@@ -1,79 +1,100 @@
 """The Optuna study on disk: the one truth about which vectors were tried and what came out.
 
-One process writes it. It is a journal file: a killed writer leaves at most one broken last line
-and a stale lock, and both are mended at the next opening.
+One process writes it, and holds a lock while it does. It is a journal file: a killed writer leaves
+at most one broken last line and a stale lock of the journal's own, and both are mended at the next
+opening. A trial that was in flight stays so in the study; `in_flight` finds it again.
 """
 
+import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna import Study
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.encoding import encode, vector_of
-from search.objectives import Objective
-from sparsevit.sparsity import SparsitySpace, SparsityVector
+from search.problem import SearchProblem
+from search.space import SearchSpace, Vector
+from search.variation import SearchExhausted
 
 STUDY_NAME = "sparsity"
 REASON = "reason"
-INTERRUPTED = "interrupted"
+INTERRUPTED = "interrupted before its vector was drawn"
+IDENTITY = "search"
 
 
-def open_study(path: Path, objectives: Sequence[Objective], sampler: BaseSampler) -> Study:
-    """Create the study, or open it as the last process left it.
-
-    Trials that were in flight are closed as interrupted and their vectors enqueued again.
+@contextmanager
+def open_study(
+    path: Path, problem: SearchProblem, sampler: BaseSampler, *, experiment: str = "search"
+) -> Iterator[Study]:
+    """Create the study, or open it as the last process left it; no other process can until it is closed.
 
     Raises:
-        ValueError: if the study on disk has other objectives.
+        ValueError: if another process has it open, it cannot be written, or it was made for another
+            experiment, space, objectives or constraints.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _mend_journal(path)
-    names = [objective.name for objective in objectives]
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        study_name=STUDY_NAME,
-        directions=[objective.direction for objective in objectives],
-        sampler=sampler,
-        load_if_exists=True,
-    )
-    if study.metric_names is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(names)
-    elif study.metric_names != names:
-        raise ValueError(
-            f"{path} holds a study of {study.metric_names}, not of {names}: use another run folder"
-        )
-    return study
+    lock = _lock(path)
+    try:
+        _mend_journal(path)
+        study = _create_or_load(path, problem, sampler)
+        _identify(study, path, problem, experiment)
+        yield study
+    finally:
+        lock.release()
 
 
 def read_study(path: Path) -> Study:
-    """A study that only reads."""
+    """A study that only reads.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no study at {path}")
     return optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(path))))
 
 
-def requeue_interrupted(study: Study, space: SparsitySpace) -> int:
-    """Close the trials that a killed process left in flight and enqueue their vectors again."""
-    interrupted = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-    waiting = [vector_of(trial, space) for trial in study.get_trials(False, [TrialState.WAITING])]
-    for trial in interrupted:
-        vector = vector_of(trial, space)
-        if vector is not None and vector not in waiting:
-            study.enqueue_trial(encode(vector, space))
-        study._storage.set_trial_user_attr(trial._trial_id, REASON, INTERRUPTED)
-        study.tell(trial.number, state=TrialState.FAIL)
-    return len(interrupted)
+def in_flight(study: Study, space: SearchSpace) -> list[Trial]:
+    """The trials that a killed process left running, in order, to be evaluated again.
+
+    Where it was killed while it drew a vector, the rest is drawn now; what comes out is the same.
+    """
+    trials = []
+    for frozen in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        trial = Trial(study, frozen._trial_id)
+        try:
+            values = tuple(
+                trial.suggest_categorical(name, choices)
+                for name, choices in zip(space.gene_names, space.gene_choices, strict=True)
+            )
+        except SearchExhausted:
+            values = ()
+        if values and tuple(space.canonicalize(values)) == values:
+            trials.append(trial)
+        else:  # drawn half by another sampler
+            close_undrawn(study, trial)
+    return trials
 
 
-def enqueue(study: Study, vectors: Sequence[SparsityVector], space: SparsitySpace) -> None:
+def close_undrawn(study: Study, trial: Trial) -> None:
+    """Close a trial that has no vector; it uses up no budget."""
+    trial.set_user_attr(REASON, INTERRUPTED)
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def enqueue(study: Study, vectors: Sequence[Vector], space: SearchSpace) -> None:
     """Put vectors that the study has not seen at the head of the search."""
     seen = seen_vectors(study, space)
     for vector in dict.fromkeys(vectors):
@@ -82,7 +103,7 @@ def enqueue(study: Study, vectors: Sequence[SparsityVector], space: SparsitySpac
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:
-    """Trials that used up budget: complete ones and failures, not interruptions."""
+    """Trials that used up budget: complete ones and failures."""
     return [
         trial
         for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.FAIL])
@@ -90,7 +111,7 @@ def counted_trials(study: Study) -> list[FrozenTrial]:
     ]
 
 
-def seen_vectors(study: Study, space: SparsitySpace) -> set[SparsityVector]:
+def seen_vectors(study: Study, space: SearchSpace) -> set[Vector]:
     """Every vector that is evaluated, failed, in flight or enqueued."""
     vectors = (
         vector_of(trial, space)
@@ -100,11 +121,72 @@ def seen_vectors(study: Study, space: SparsitySpace) -> set[SparsityVector]:
     return {vector for vector in vectors if vector is not None}
 
 
+def _lock(path: Path) -> FileLock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+        lock = FileLock(path.with_name(path.name + ".owner"))
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process has the study {path} open: wait for it, or search into another file"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"the study {path} cannot be written: {error.strerror or error}") from error
+    if path.exists() and not os.access(path, os.W_OK):
+        lock.release()
+        raise ValueError(f"the study {path} cannot be written: it is read-only")
+    return lock
+
+
+def _create_or_load(path: Path, problem: SearchProblem, sampler: BaseSampler) -> Study:
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    if STUDY_NAME in optuna.get_all_study_names(storage):
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage, sampler=sampler)
+    return optuna.create_study(
+        storage=storage,
+        study_name=STUDY_NAME,
+        directions=[objective.direction for objective in problem.objectives],
+        sampler=sampler,
+    )
+
+
+def _identify(study: Study, path: Path, problem: SearchProblem, experiment: str) -> None:
+    """Write into a new study what it is about; compare it with an old one."""
+    space = problem.space
+    identity = {
+        "experiment": experiment,
+        "genes": dict(zip(space.gene_names, map(list, space.gene_choices), strict=True)),
+        "groups": list(space.group_sizes),
+        "objectives": [f"{objective.direction} {objective.name}" for objective in problem.objectives],
+        "constraints": [str(constraint) for constraint in problem.constraints],
+    }
+    known = study.user_attrs.get(IDENTITY)
+    if known is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names([objective.name for objective in problem.objectives])
+        study.set_user_attr(IDENTITY, identity)
+        return
+    for name, value in identity.items():
+        if known[name] != value:
+            raise ValueError(
+                f"{path} holds a study with other {name}: {_compact(known[name])}, not "
+                f"{_compact(value)}; search into another file, or remove this one"
+            )
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _mend_journal(path: Path) -> None:
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
     if not path.exists():
         return
     content = path.read_bytes()
+    if content and not content.startswith(b'{"op_code"'):
+        raise ValueError(f"{path} is not the journal of a study: use another file")
     complete = content[: content.rfind(b"\n") + 1]
     if len(complete) < len(content):
         with path.open("r+b") as journal:

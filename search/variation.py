@@ -1,33 +1,47 @@
-"""Children of sparsity vectors: legal, new, and within the constraints.
+"""New vectors from chance or from parents: legal, unseen, and within the constraints.
 
-Crossover and mutation draw genes as SparseViT does (section 3.3) and sort every stage again, so
+Crossover and mutation draw genes as SparseViT does (section 3.3) and sort every group again, so
 that each child is a canonical vector.
 """
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
-from sparsevit.sparsity import SparsitySpace, SparsityVector
+from search.space import SearchSpace, Vector, at_level, group_choices, split
 
-Propose = Callable[[], SparsityVector]
+Propose = Callable[[], Vector]
 
 
 class SearchExhausted(ValueError):
     """No new vector within the constraints turned up in the attempts that were allowed."""
 
 
-def random_vector(space: SparsitySpace, rng: np.random.Generator) -> SparsityVector:
-    """Draw every gene from the choices, then sort the stages."""
+def random_vector(space: SearchSpace, rng: np.random.Generator) -> Vector:
+    """Draw every gene from its choices, then sort the groups."""
+    sizes = [len(choices) for choices in space.gene_choices]
+    indices = rng.integers(sizes)
     return space.canonicalize(
-        space.choices[index] for index in rng.integers(len(space.choices), size=space.num_genes)
+        choices[index] for choices, index in zip(space.gene_choices, indices, strict=True)
     )
 
 
-def crossover(
-    first: SparsityVector, second: SparsityVector, space: SparsitySpace, rng: np.random.Generator
-) -> SparsityVector:
+def uniform_vector(space: SearchSpace, rng: np.random.Generator) -> Vector:
+    """Draw from the legal vectors, all with the same probability.
+
+    A sorted group of k genes with n choices is a multiset, of which stars and bars gives every one
+    the same share.
+    """
+    values: list[float] = []
+    for choices, size in zip(group_choices(space), space.group_sizes, strict=True):
+        bars = np.sort(rng.choice(len(choices) + size - 1, size=size, replace=False))
+        values += [choices[index] for index in bars - np.arange(size)]
+    return space.canonicalize(values)
+
+
+def crossover(first: Vector, second: Vector, space: SearchSpace, rng: np.random.Generator) -> Vector:
     """Uniform crossover: every gene from one parent or the other."""
     from_first = rng.random(len(first)) < 0.5
     return space.canonicalize(
@@ -36,25 +50,29 @@ def crossover(
 
 
 def mutate(
-    vector: SparsityVector, space: SparsitySpace, rng: np.random.Generator, *, probability: float
-) -> SparsityVector:
-    """Change every gene with `probability`, at least one: half to a neighbouring choice, half to any."""
+    vector: Vector, space: SearchSpace, rng: np.random.Generator, *, probability: float, is_local: bool = True
+) -> Vector:
+    """Change every gene with `probability`, at least one.
+
+    Args:
+        is_local: half of the changes go to a neighbouring choice; otherwise all go to any choice.
+    """
     chosen = rng.random(len(vector)) < probability
     chosen[rng.integers(len(vector))] |= not chosen.any()
     return space.canonicalize(
-        _changed(ratio, space.choices, rng) if change else ratio
-        for ratio, change in zip(vector, chosen, strict=True)
+        _changed(value, choices, rng, is_local) if change else value
+        for value, choices, change in zip(vector, space.gene_choices, chosen, strict=True)
     )
 
 
 def first_new(
     propose: Sequence[Propose],
-    seen: Collection[SparsityVector],
-    admits: Callable[[SparsityVector], bool],
+    seen: Collection[Vector],
+    admits: Callable[[Vector], bool],
     *,
     num_attempts: int,
     constraints: str,
-) -> SparsityVector:
+) -> Vector:
     """The first proposal that is new and admitted; every source gets `num_attempts` tries in turn.
 
     Raises:
@@ -66,73 +84,76 @@ def first_new(
             if vector not in seen and admits(vector):
                 return vector
     raise SearchExhausted(
-        f"no new sparsity vector within {constraints} in {num_attempts * len(propose)} attempts "
-        f"({len(seen)} are known already): widen the budget or the choices"
+        f"no new vector within {constraints} in {num_attempts * len(propose)} attempts "
+        f"({len(seen)} are known already): widen the constraints or the choices"
     )
 
 
 def first_generation(
-    quantity: Callable[[SparsityVector], float],
-    space: SparsitySpace,
-    admits: Callable[[SparsityVector], bool],
+    quantity: Callable[[Any], float],
+    space: SearchSpace,
+    admits: Callable[[Vector], bool],
     rng: np.random.Generator,
     *,
     num_vectors: int,
-    num_candidates: int,
-) -> list[SparsityVector]:
-    """Vectors that show what each stage is worth, and spread evenly over the range of a quantity.
+    num_candidates: int = 2000,
+) -> list[Vector]:
+    """Vectors that show what each group is worth, and spread evenly over the range of a quantity.
 
-    Dense and sparsest come first, then every stage alone dense and alone pruned (crossover joins
-    what selection learns from them), uniform vectors for half of the rest, and for evenly spaced
-    levels of the quantity the closest of `num_candidates` random vectors. May return fewer where
-    the constraints leave fewer.
+    The first choices of all genes (dense) and the last ones (sparsest) come first, then every group
+    alone dense and alone pruned (crossover joins what selection learns from them), uniform vectors
+    for half of the rest, and for evenly spaced levels of the quantity the closest of
+    `num_candidates` random vectors. May return fewer where the constraints leave fewer.
     """
-    contrasts = [space.dense, space.sparsest, *_stage_contrasts(space)]
+    contrasts = [at_level(space, 0.0), at_level(space, 1.0), *_group_contrasts(space)]
     chosen = [vector for vector in dict.fromkeys(contrasts) if admits(vector)][:num_vectors]
-    uniform = [vector for vector in map(space.uniform, space.choices[1:-1]) if admits(vector)]
+    num_levels = max(map(len, space.gene_choices)) - 1
+    levels = dict.fromkeys(at_level(space, level / num_levels) for level in range(1, num_levels))
+    uniform = [vector for vector in levels if admits(vector) and vector not in chosen]
     chosen += _evenly(uniform, -(-(num_vectors - len(chosen)) // 2))
     candidates = {random_vector(space, rng) for _ in range(num_candidates)} - set(chosen)
     values = {vector: quantity(vector) for vector in candidates if admits(vector)}
-    num_levels = min(num_vectors - len(chosen), len(values))
-    if num_levels <= 0:
+    num_left = min(num_vectors - len(chosen), len(values))
+    if num_left <= 0:
         return chosen
     low, high = min(values.values()), max(values.values())
-    for level in range(num_levels):
-        wanted = low + (high - low) * (level + 0.5) / num_levels
-        closest = min(values, key=lambda vector: (abs(values[vector] - wanted), vector.ratios))
+    for level in range(num_left):
+        wanted = low + (high - low) * (level + 0.5) / num_left
+        closest = min(values, key=lambda vector: (abs(values[vector] - wanted), tuple(vector)))
         chosen.append(closest)
         del values[closest]
     return chosen
 
 
-def _stage_contrasts(space: SparsitySpace) -> list[SparsityVector]:
-    """Every stage dense while the others are pruned, and pruned while they are dense.
+def _group_contrasts(space: SearchSpace) -> list[Vector]:
+    """Every group dense while the others are pruned, and pruned while they are dense.
 
     Pruned is one choice short of the sparsest: at the very end accuracy often falls off a cliff,
-    which would hide what the stage is worth.
+    which would hide what the group is worth.
     """
     contrasts = []
-    pruned = space.uniform(space.choices[max(0, len(space.choices) - 2)])
-    for inside, outside in ((space.dense, pruned), (pruned, space.dense)):
-        for stage in range(len(space.depths)):
-            parts = space.split(outside.ratios)
-            parts[stage] = space.split(inside.ratios)[stage]
-            contrasts.append(SparsityVector(tuple(itertools.chain.from_iterable(parts))))
+    dense = tuple(choices[0] for choices in space.gene_choices)
+    pruned = tuple(choices[max(0, len(choices) - 2)] for choices in space.gene_choices)
+    for inside, outside in ((dense, pruned), (pruned, dense)):
+        for group in range(len(space.group_sizes)):
+            parts = split(outside, space.group_sizes)
+            parts[group] = split(inside, space.group_sizes)[group]
+            contrasts.append(space.canonicalize(itertools.chain.from_iterable(parts)))
     return contrasts
 
 
-def _evenly(vectors: Sequence[SparsityVector], count: int) -> list[SparsityVector]:
+def _evenly(vectors: Sequence[Vector], count: int) -> list[Vector]:
     """At most `count` of the vectors, evenly spaced."""
     if count >= len(vectors):
         return list(vectors)
     return [vectors[int((index + 0.5) * len(vectors) / count)] for index in range(count)]
 
 
-def _changed(ratio: float, choices: Sequence[float], rng: np.random.Generator) -> float:
-    index = choices.index(ratio)
+def _changed(value: float, choices: Sequence[float], rng: np.random.Generator, is_local: bool) -> float:
+    index = choices.index(value)
     if len(choices) == 1:
-        return ratio
-    if rng.random() < 0.5:
+        return value
+    if is_local and rng.random() < 0.5:
         neighbours = [i for i in (index - 1, index + 1) if 0 <= i < len(choices)]
         return choices[neighbours[rng.integers(len(neighbours))]]
     return choices[(index + int(rng.integers(1, len(choices)))) % len(choices)]

@@ -81,19 +81,25 @@ class SparsitySpace:
             raise ValueError(f"choices must be increasing and not empty, got {list(self.choices)}")
 
     @property
-    def genes_per_stage(self) -> tuple[int, ...]:
+    def group_sizes(self) -> tuple[int, ...]:
+        """Genes per stage."""
         return tuple((depth + 1) // 2 for depth in self.depths)
 
     @property
     def num_genes(self) -> int:
-        return sum(self.genes_per_stage)
+        return sum(self.group_sizes)
+
+    @property
+    def gene_choices(self) -> tuple[tuple[float, ...], ...]:
+        """The choices, once per gene."""
+        return (self.choices,) * self.num_genes
 
     @property
     def gene_names(self) -> tuple[str, ...]:
         """``stage3.pair2`` is the second pair of blocks of the third stage."""
         return tuple(
             f"stage{stage}.pair{pair}"
-            for stage, num_pairs in enumerate(self.genes_per_stage, start=1)
+            for stage, num_pairs in enumerate(self.group_sizes, start=1)
             for pair in range(1, num_pairs + 1)
         )
 
@@ -101,12 +107,12 @@ class SparsitySpace:
     def size(self) -> int:
         """Number of legal vectors: a product of multiset coefficients."""
         return math.prod(
-            math.comb(len(self.choices) + num_pairs - 1, num_pairs) for num_pairs in self.genes_per_stage
+            math.comb(len(self.choices) + num_pairs - 1, num_pairs) for num_pairs in self.group_sizes
         )
 
     def split(self, ratios: Sequence[float]) -> list[tuple[float, ...]]:
         """Cut a flat sequence of genes into one tuple per stage."""
-        bounds = [0, *itertools.accumulate(self.genes_per_stage)]
+        bounds = [0, *itertools.accumulate(self.group_sizes)]
         return [tuple(ratios[start:end]) for start, end in itertools.pairwise(bounds)]
 
     def validate(self, vector: SparsityVector) -> SparsityVector:
@@ -147,8 +153,7 @@ class SparsitySpace:
     def __iter__(self) -> Iterator[SparsityVector]:
         """Every legal vector, in lexicographic order."""
         stages = [
-            itertools.combinations_with_replacement(self.choices, num_pairs)
-            for num_pairs in self.genes_per_stage
+            itertools.combinations_with_replacement(self.choices, num_pairs) for num_pairs in self.group_sizes
         ]
         for parts in itertools.product(*stages):
             yield SparsityVector(tuple(itertools.chain.from_iterable(parts)))

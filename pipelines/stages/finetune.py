@@ -8,9 +8,8 @@ from typing import Any, cast
 from pipelines import build
 from pipelines.artifacts import write_json
 from pipelines.context import Run
-from pipelines.stages.search import FRONT_FILE, cheap_quantities
+from pipelines.stages.search import FRONT_FILE, search_problem
 from pipelines.stages.training import train_stage, training_key
-from search.objectives import Admission
 from search.pareto import FrontMember
 from search.selection import Rule, choose
 from sparsevit.sparsity import SparsityVector
@@ -54,10 +53,7 @@ class Finetune:
             scores = run.accuracy("adapt", run.search_set, given, "at the given vector")
             return FrontMember(
                 given,
-                {
-                    **scores,
-                    **Admission(cheap_quantities(run, run.results["calibrate"].folder)).measure(given),
-                },
+                {**scores, **search_problem(run).measure(given)},
             )
         return choose(
             front_members(run), cast(Rule, config.rule),

@@ -14,9 +14,10 @@ from pipelines.context import Run
 from pipelines.plots import write_plots
 from pipelines.progress import progress_bar
 from pipelines.stages.finetune import chosen_member, front_members
-from pipelines.stages.search import STUDY_FILE, cheap_quantities, front_of, hypervolume_reference
-from search.objectives import Objective
+from pipelines.stages.search import search_problem, study_file
 from search.pareto import FrontMember, ParetoFront
+from search.problem import Objective
+from search.progress import SearchProgress
 from search.study import counted_trials, read_study
 from sparsevit.data.order import seeded
 from sparsevit.export import export_model
@@ -126,16 +127,11 @@ def measured_front(
 
 def hypervolume_history(run: Run) -> list[float]:
     """Hypervolume of the search front after every evaluation."""
-    study = read_study(run.results["search"].folder / STUDY_FILE)
-    objectives = build.objectives(run.config)
-    reference = hypervolume_reference(
-        objectives, cheap_quantities(run, run.results["calibrate"].folder), run.space
-    )
-    trials = counted_trials(study)
-    return [
-        front_of(trials[:count], objectives, run.space).hypervolume(reference)
-        for count in range(1, len(trials) + 1)
-    ]
+    study = read_study(study_file(run, run.results["search"].folder))
+    progress = SearchProgress(search_problem(run))
+    for trial in counted_trials(study):
+        progress.add(trial)
+    return progress.hypervolumes
 
 
 def _score(run: Run, vectors: Sequence[SparsityVector]) -> dict[str, float]:

@@ -1,31 +1,37 @@
 """Stage 4: search for sparsity vectors on the adapted supernet."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipelines import build
 from pipelines.artifacts import write_text
 from pipelines.context import Run
+from pipelines.errors import RunStopped
 from pipelines.evaluation import SupernetEvaluatorFactory
 from pipelines.progress import progress_bar
 from pipelines.stages.calibrate import PREDICTOR_FILE
+from search.dispatch import Dispatcher
 from search.encoding import vector_of
 from search.engine import run_search
-from search.objectives import Admission, CheapQuantity, Objective
-from search.pareto import FrontMember, ParetoFront
-from search.study import REASON, counted_trials, enqueue, open_study, requeue_interrupted
-from search.variation import first_generation
+from search.problem import CheapQuantity, SearchProblem
+from search.progress import SearchProgress
+from search.samplers import create_sampler
+from search.study import REASON, counted_trials, enqueue, open_study
+from search.warm_start import warm_start
 from sparsevit.backbone import BACKBONES
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.macs import count_macs
-from sparsevit.sparsity import SparsitySpace, SparsityVector
+from sparsevit.sparsity import SparsityVector
 
 FRONT_FILE = "front.json"
 STUDY_FILE = "study.journal"
+logger = logging.getLogger(__name__)
 
 
 class Search:
@@ -35,8 +41,11 @@ class Search:
     needs = ("adapt", "calibrate")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
+        search = build.plain(run.config.search)
+        for name in ("dry_run", "storage", "max_failures"):  # say nothing about the result
+            del search[name]
         return {
-            "search": build.plain(run.config.search),
+            "search": search,
             "sampler": build.plain(run.config.sampler),
             "data": run.data_fingerprint(run.search_set),
             "evaluation": build.plain(run.config.evaluation),
@@ -44,50 +53,50 @@ class Search:
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = run.config.search
-        objectives = build.objectives(run.config)
-        admission = Admission(
-            cheap_quantities(run, run.results["calibrate"].folder), build.constraints(run.config)
-        )
-        admission.require_feasible(run.space)
-        sampler, source = build.sampler(run.config.sampler, run.space, admission, config.seed)
-        study = open_study(folder / STUDY_FILE, objectives, sampler)
-        requeue_interrupted(study, run.space)
-        if run.config.sampler.name == "nsga2":  # vectors that an earlier process enqueued are skipped
-            first = first_generation(
-                admission.quantities["latency_ms"], run.space, admission.admits, source.rng,
-                num_vectors=run.config.sampler.population_size, num_candidates=2000,
-            )  # fmt: skip
-            enqueue(study, first, run.space)
-        reference = hypervolume_reference(objectives, admission.quantities, run.space)
-        done = counted_trials(study)
-        history = [trial for trial in done if trial.state == TrialState.COMPLETE]
-        for trial in done:
-            _log_trial(run, trial)
-        with progress_bar(
-            config.num_evaluations, "search: evaluations", unit="vector", initial=len(done)
-        ) as advance:
-
-            def on_trial(trial: FrozenTrial) -> None:
+        problem = search_problem(run)
+        problem.require_feasible()
+        sampler = create_sampler(problem, build.sampler(run.config))
+        first = [*warm_start(list(config.warm_start), run.space), *sampler.first_vectors()]
+        with open_study(study_file(run, folder), problem, sampler, experiment=run.config.experiment) as study:
+            enqueue(study, first, run.space)  # those that an earlier process enqueued are skipped
+            for trial in counted_trials(study):
                 _log_trial(run, trial)
-                if trial.state == TrialState.COMPLETE:
-                    history.append(trial)
-                volume = front_of(history, objectives, run.space).hypervolume(reference)
-                run.tracker.log_metrics(self.name, {"hypervolume": volume}, trial.number)
-                advance(1, hypervolume=f"{volume:.3f}")
-
-            run_search(
-                study, run.space, admission, self._factory(run), build.engine(run.config),
-                num_evaluations=config.num_evaluations, sample_budget=config.num_images, on_trial=on_trial,
-            )  # fmt: skip
-        trials = counted_trials(study)
-        front = front_of(trials, objectives, run.space)
-        write_text(folder / FRONT_FILE, front.to_json())
+            progress, stopped_by = self._search(run, study, problem)
+        write_text(folder / FRONT_FILE, progress.front.to_json())
+        logger.info("  the search ends: %s", stopped_by)
+        if not progress.front.members or has_too_many_failures(progress, config.max_failures):
+            raise RunStopped(
+                f"the search stopped: {stopped_by}. Its front so far ({len(progress.front.members)} vectors) "
+                f"is in {folder / FRONT_FILE}; after mending the cause, run again with a larger "
+                "search.max_failures to go on from there"
+            )
         return {
-            "num_evaluations": len(trials),
-            "num_failed": sum(trial.state == TrialState.FAIL for trial in trials),
-            "num_front_members": len(front.members),
-            "final_hypervolume": front.hypervolume(reference),
+            "num_evaluations": progress.num_counted,
+            "num_failed": len(progress.failures),
+            "num_front_members": len(progress.front.members),
+            "final_hypervolume": progress.hypervolume,
         }
+
+    def _search(self, run: Run, study: Study, problem: SearchProblem) -> tuple[SearchProgress, str]:
+        config = run.config.search
+
+        def on_trial(trial: FrozenTrial, progress: SearchProgress) -> None:
+            _log_trial(run, trial)
+            run.tracker.log_metrics(self.name, {"hypervolume": progress.hypervolume}, trial.number)
+            advance(1, hypervolume=f"{progress.hypervolume:.3f}")
+
+        dispatcher = Dispatcher(
+            study, problem, build.budget(run.config), on_trial=on_trial,
+            batch_size=run.config.sampler.population_size if config.deterministic else None,
+        )  # fmt: skip
+        progress = dispatcher.progress
+        with progress_bar(
+            config.num_evaluations, "search: evaluations", unit="vector", initial=progress.num_counted
+        ) as advance:
+            stopped_by = run_search(
+                dispatcher, self._factory(run), build.engine(run.config), sample_budget=config.num_images
+            )
+        return progress, stopped_by
 
     def score(self, run: Run) -> Mapping[str, float]:
         return {}
@@ -110,6 +119,20 @@ class Search:
         )
 
 
+def search_problem(run: Run) -> SearchProblem:
+    """What the search is about, on the device that was calibrated."""
+    return build.problem(run.config, cheap_quantities(run, run.results["calibrate"].folder))
+
+
+def has_too_many_failures(progress: SearchProgress, max_failures: int | None) -> bool:
+    return max_failures is not None and len(progress.failures) >= max_failures
+
+
+def study_file(run: Run, folder: Path) -> Path:
+    """Where the study is: in the stage's folder, unless the user wants it elsewhere."""
+    return Path(run.config.search.storage) if run.config.search.storage else folder / STUDY_FILE
+
+
 def cheap_quantities(run: Run, calibration: Path) -> dict[str, CheapQuantity]:
     """Predicted latency and MACs (in 10⁹) of a vector, by name."""
     predictor = LatencyPredictor.load(calibration / PREDICTOR_FILE)
@@ -120,28 +143,6 @@ def cheap_quantities(run: Run, calibration: Path) -> dict[str, CheapQuantity]:
         return count_macs(shape, (height, width), vector) / 1e9
 
     return {"latency_ms": predictor.predict, "macs_g": macs_g}
-
-
-def front_of(
-    trials: Sequence[FrozenTrial], objectives: Sequence[Objective], space: SparsitySpace
-) -> ParetoFront:
-    """The Pareto front of the complete trials."""
-    members = [
-        FrontMember(vector, {name: v for name, v in trial.user_attrs.items() if name != REASON})
-        for trial in trials
-        if trial.state == TrialState.COMPLETE and (vector := vector_of(trial, space)) is not None
-    ]
-    return ParetoFront.of(members, objectives)
-
-
-def hypervolume_reference(
-    objectives: Sequence[Objective], quantities: Mapping[str, CheapQuantity], space: SparsitySpace
-) -> dict[str, float]:
-    """The corner that a front is measured from: no accuracy, a tenth above the dense cost."""
-    return {
-        objective.name: 1.1 * quantities[objective.name](space.dense) if objective.name in quantities else 0.0
-        for objective in objectives
-    }
 
 
 def _log_trial(run: Run, trial: FrozenTrial) -> None:

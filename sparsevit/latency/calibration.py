@@ -165,7 +165,7 @@ def _sweeps(space: SparsitySpace) -> list[SparsityVector]:
     """One gene at every choice, the genes after it in its stage raised as far as they must be."""
     sweeps = [space.uniform(choice) for choice in space.choices]
     start = 0
-    for num_pairs in space.genes_per_stage:
+    for num_pairs in space.group_sizes:
         for gene in range(start, start + num_pairs):
             for choice in space.choices[1:]:
                 ratios = list(space.dense)

@@ -18,6 +18,7 @@ class InstanceSegmentation:
     """The task of the COCO experiment: mask AP of a Mask R-CNN."""
 
     metric = "mask_ap"
+    metrics = ("box_ap", "mask_ap")
     class_layers = r"cls_score|bbox_pred|mask_fcn_logits"
 
     def __init__(self, config: MaskRCNNConfig) -> None:

@@ -17,6 +17,10 @@ class Task(Protocol):
     """One kind of perception. A new detector or data set is a new object of this form."""
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of everything that `evaluate` gives."""
+
+    @property
     def metric(self) -> str:
         """The key of `evaluate` that the search maximises."""
 

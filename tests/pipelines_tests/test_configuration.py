@@ -103,15 +103,29 @@ def test_full_scale_steps_on_a_few_images() -> None:
         ("init=/no/such/file.pth", "no such file; use shipped, scratch, or the path"),
         ("device=gpu", "device=gpu"),
         ("cluster.num_workers=0", "cluster.num_workers must be at least 1"),
-        ("search.num_evaluations=0", "search.num_evaluations must be at least 1"),
-        ("search.objectives=[{name:speed,direction:maximize}]", "an objective of the search is 'speed'"),
+        ("search.num_evaluations=0", "search.num_evaluations must be at least 1, got 0"),
+        ("search.num_evaluations=null", "a search needs a budget"),
+        ("search.max_hours=-1", "the budget seconds must be positive, got -3600"),
+        ("search.max_failures=0", "search.max_failures must be at least 1"),
+        (
+            "search.constraints=[{name:latency_ms,upper:3,lower:9}]",
+            "its lower bound 9 is above its upper bound 3",
+        ),
+        ("search.warm_start=[nowhere.json]", "no such file, and not one of the published coco_41ms"),
+        ("sampler.population_size=1000000", "larger than the space, which has 120285 vectors"),
+        ("sampler.spread=watts sampler=random", "unknown sampler.spread 'watts'"),
+        ("cluster.address=127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+        (
+            "search.objectives=[{name:speed,direction:maximize}]",
+            "nothing gives the objective 'speed'; the quantities are .*mask_ap",
+        ),
         ("search.objectives=[{name:mask_ap,direction:up}]", "must be maximize or minimize, got 'up'"),
-        ("search.constraints=[{name:watts,upper:3}]", "a constraint of the search is 'watts'"),
+        ("search.constraints=[{name:watts,upper:3}]", "the constraint on 'watts' can never be checked"),
     ],
 )
 def test_bad_value_names_value_bound_and_remedy(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build.check(composed(override))
+        build.check(composed(*override.split()))
 
 
 def test_fractions_of_an_epoch_become_steps() -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from search import Constraint, FrontMember, Objective, ParetoFront
-from search.objectives import Admission
+from search.problem import SearchProblem
 from search.selection import choose
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
@@ -91,15 +91,46 @@ def test_rules_that_nothing_satisfies() -> None:
         chosen("best")
 
 
+def ms(vector: SparsityVector) -> float:
+    return 10 - 5 * vector.ratios[0]
+
+
 def test_infeasible_budget_names_the_reachable_range() -> None:
-    admission = Admission({"ms": lambda v: 10 - 5 * v.ratios[0]}, [Constraint("ms", upper=3.0)])
-    with pytest.raises(ValueError, match=r"no sparsity vector has ms .* reachable is 6 .* to 10 \(dense\)"):
-        admission.require_feasible(SPACE)
+    problem = SearchProblem(SPACE, [LATENCY], {"ms": ms}, constraints=[Constraint("ms", upper=3.0)])
+    with pytest.raises(ValueError, match=r"no vector has ms ≤ 3: reachable is 6 to 10"):
+        problem.require_feasible()
 
 
-def test_constraint_on_a_quantity_that_is_not_produced() -> None:
-    with pytest.raises(ValueError, match=r"constraint on 'energy' can never be checked"):
-        Admission({"ms": lambda v: 1.0}, [Constraint("energy", upper=1.0)])
+@pytest.mark.parametrize(
+    ("objectives", "constraints", "message"),
+    [
+        ([LATENCY], [Constraint("energy", upper=1.0)], "constraint on 'energy' can never be checked"),
+        ([Objective("map", "maximize")], [], r"nothing gives the objective 'map'; .* \['ap', 'ms'\]"),
+        ([LATENCY, Objective("ms", "maximize")], [], "an objective is named twice"),
+        ([], [], r"a search needs an objective; the quantities are \['ap', 'ms'\]"),
+        ([Objective("ap", "minimize")], [], "'ap' needs a reference: the worst value of interest"),
+    ],
+)
+def test_a_problem_that_makes_no_sense_is_refused(
+    objectives: list[Objective], constraints: list[Constraint], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchProblem(SPACE, objectives, {"ms": ms}, ("ap",), constraints)
+
+
+def test_an_empty_band_is_refused() -> None:
+    with pytest.raises(ValueError, match="'ms' is empty: its lower bound 9 is above its upper bound 3"):
+        Constraint("ms", upper=3.0, lower=9.0)
+
+
+def test_a_front_grows_one_candidate_at_a_time() -> None:
+    candidates = [member(0.5, 10), member(0.4, 8), member(0.45, 11), member(0.4, 8), member(0.6, 7)]
+    front = ParetoFront.of([], OBJECTIVES)
+    for count, candidate in enumerate(candidates, start=1):
+        grown = front.with_candidate(candidate)
+        assert grown.members == ParetoFront.of(candidates[:count], OBJECTIVES).members
+        assert (grown is front) == (count in (3, 4))
+        front = grown
 
 
 def test_unknown_direction() -> None:

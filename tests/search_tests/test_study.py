@@ -1,139 +1,177 @@
-"""The study on disk survives a killed writer; the samplers never repeat themselves."""
+"""The study on disk survives a killed writer, has one writer, and refuses what it was not made for."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from optuna import Study
 from optuna.trial import TrialState
 
-from pipelines.build import SAMPLERS
+from search.dispatch import Budget, Dispatcher
 from search.encoding import decode, distributions, encode, vector_of
-from search.objectives import Admission, Constraint, Objective
-from search.sampler import RandomVectorSampler, SparsityNSGAIISampler, VectorSource
-from search.study import (
-    counted_trials,
-    enqueue,
-    open_study,
-    read_study,
-    requeue_interrupted,
-    seen_vectors,
-)
-from search.variation import SearchExhausted
+from search.problem import Constraint, Objective, SearchProblem
+from search.samplers import SamplerConfig, create_sampler
+from search.study import REASON, counted_trials, enqueue, in_flight, open_study, read_study, seen_vectors
 from sparsevit.sparsity import SparsitySpace, SparsityVector
+from tests.search_tests.problems import SPACE, evaluate, problem, run_alone
 
-SPACE = SparsitySpace((2, 2, 4, 2))
-OBJECTIVES = [Objective("ap", "maximize"), Objective("latency_ms", "minimize")]
-
-
-def latency(vector: SparsityVector) -> float:
-    return 10 - 2 * sum(vector)
+SAMPLER = create_sampler(problem(), SamplerConfig("nsga2", population_size=8, num_parents=2))
 
 
-def accuracy(vector: SparsityVector) -> float:
-    return 1 - sum(ratio**2 for ratio in vector) / 5
-
-
-ADMISSION = Admission({"latency_ms": latency}, [Constraint("latency_ms", upper=8.0)])
-
-
-def study_at(
-    path: Path, sampler: str = "nsga2", admission: Admission = ADMISSION, space: SparsitySpace = SPACE
-) -> Study:
-    source = VectorSource(space, admission, seed=0)
-    if sampler == "random":
-        return open_study(path, OBJECTIVES, RandomVectorSampler(source))
-    return open_study(path, OBJECTIVES, SparsityNSGAIISampler(source, population_size=8))
-
-
-def evaluate(study: Study, num_trials: int, space: SparsitySpace = SPACE) -> None:
-    for _ in range(num_trials):
-        trial = study.ask(distributions(space))
-        vector = decode(trial.params, space)
-        study.tell(trial, [accuracy(vector), latency(vector)])
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_vectors_are_legal_new_and_within_the_budget(tmp_path: Path, sampler: str) -> None:
-    study = study_at(tmp_path / "study.journal", sampler)
-    evaluate(study, 60)
-    vectors = [vector_of(trial, SPACE) for trial in study.trials]
-    assert len(set(vectors)) == 60
-    assert all(vector is not None and vector in SPACE and latency(vector) <= 8.0 for vector in vectors)
-
-
-def test_nsga2_advances_through_generations_and_beats_its_first(tmp_path: Path) -> None:
-    study = study_at(tmp_path / "study.journal", admission=Admission({"latency_ms": latency}))
-    evaluate(study, 64)
-    generations = {trial.system_attrs["SparsityNSGAIISampler:generation"] for trial in study.trials}
-    assert generations == set(range(8))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_small_space_is_exhausted_without_repeats(tmp_path: Path, sampler: str) -> None:
-    space = SparsitySpace((2, 2), choices=(0.0, 0.4, 0.8))
-    admission = Admission({"latency_ms": latency})
-    study = study_at(tmp_path / "study.journal", sampler, admission, space)
-    evaluate(study, space.size, space)
-    assert seen_vectors(study, space) == set(space)
-    with pytest.raises(SearchExhausted, match="no new sparsity vector within the space"):
-        study.ask(distributions(space))
+def run(path: Path, num_trials: int) -> None:
+    with open_study(path, problem(), SAMPLER) as study:
+        run_alone(Dispatcher(study, problem(), Budget(num_trials)))
 
 
 def test_enqueued_vectors_come_first_and_once(tmp_path: Path) -> None:
-    study = study_at(tmp_path / "study.journal")
-    enqueue(study, [SPACE.sparsest, SPACE.uniform(0.5), SPACE.sparsest], SPACE)
-    enqueue(study, [SPACE.sparsest], SPACE)
-    evaluate(study, 3)
-    vectors = [vector_of(trial, SPACE) for trial in study.trials]
+    with open_study(tmp_path / "study.journal", problem(), SAMPLER) as study:
+        enqueue(study, [SPACE.sparsest, SPACE.uniform(0.5), SPACE.sparsest], SPACE)
+        enqueue(study, [SPACE.sparsest], SPACE)
+        run_alone(Dispatcher(study, problem(), Budget(3)))
+        vectors = [vector_of(trial, SPACE) for trial in study.trials]
     assert vectors[:2] == [SPACE.sparsest, SPACE.uniform(0.5)]
-    assert len(set(vectors)) == len(vectors)
+    assert len(set(vectors)) == len(vectors) == 3
 
 
 def test_enqueued_vectors_belong_to_the_first_generation(tmp_path: Path) -> None:
-    study = study_at(tmp_path / "study.journal", admission=Admission({"latency_ms": latency}))
-    enqueue(study, list(SPACE)[:8], SPACE)
-    evaluate(study, 16)
-    generations = [trial.system_attrs["SparsityNSGAIISampler:generation"] for trial in study.trials]
+    with open_study(tmp_path / "study.journal", problem(), SAMPLER) as study:
+        enqueue(study, list(SPACE)[:8], SPACE)
+        run_alone(Dispatcher(study, problem(), Budget(16)))
+        generations = [trial.system_attrs["VectorNSGAIISampler:generation"] for trial in study.trials]
     assert generations == [0] * 8 + [1] * 8
 
 
-def test_interrupted_trials_are_evaluated_again(tmp_path: Path) -> None:
+def test_trials_in_flight_are_found_again_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    study = study_at(path)
-    evaluate(study, 5)
-    in_flight = [decode(study.ask(distributions(SPACE)).params, SPACE) for _ in range(2)]
-    reopened = study_at(path)
-    assert requeue_interrupted(reopened, SPACE) == 2
-    assert len(counted_trials(reopened)) == 5
-    assert set(in_flight) <= seen_vectors(reopened, SPACE)
-    evaluate(reopened, 2)
-    complete = reopened.get_trials(states=(TrialState.COMPLETE,))
-    assert [vector_of(trial, SPACE) for trial in complete[-2:]] == in_flight
-    assert requeue_interrupted(study_at(path), SPACE) == 0
+    run(path, 5)
+    with open_study(path, problem(), SAMPLER) as study:
+        asked = [study.ask(distributions(SPACE)) for _ in range(2)]
+        vectors = [decode(trial.params, SPACE) for trial in asked]
+    with open_study(path, problem(), SAMPLER) as study:
+        assert len(counted_trials(study)) == 5
+        again = in_flight(study, SPACE)
+        assert [trial.number for trial in again] == [trial.number for trial in asked]
+        assert [decode(trial.params, SPACE) for trial in again] == vectors
+        assert set(vectors) <= seen_vectors(study, SPACE)
+        run_alone(Dispatcher(study, problem(), Budget(8)))
+        trials = study.get_trials(states=(TrialState.COMPLETE,))
+        assert [vector_of(trial, SPACE) for trial in trials[5:7]] == vectors
+        assert len({vector_of(trial, SPACE) for trial in trials}) == len(trials) == 8
+
+
+def test_a_trial_killed_before_its_vector_was_drawn_costs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    with open_study(path, problem(), SAMPLER) as study:
+        enqueue(study, [SPACE.uniform(0.4)], SPACE)
+        study.ask()  # the enqueued one, no gene of it written
+        study.ask()  # nothing drawn at all
+    with open_study(path, problem(), SAMPLER) as study:
+        run_alone(Dispatcher(study, problem(), Budget(4)))
+        counted = counted_trials(study)
+    assert len(counted) == 4
+    assert [vector_of(trial, SPACE) for trial in counted].count(SPACE.uniform(0.4)) == 1
 
 
 def test_torn_last_line_and_stale_lock_are_mended(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    evaluate(study_at(path), 4)
+    run(path, 4)
     with path.open("ab") as journal:
         journal.write(b'{"op_code": 5, "wor')
     path.with_name(path.name + ".lock").symlink_to(path)
-    study = study_at(path)
-    assert len(counted_trials(study)) == 4
-    evaluate(study, 2)
+    run(path, 6)
     assert len(counted_trials(read_study(path))) == 6
 
 
-def test_study_of_other_objectives_is_refused(tmp_path: Path) -> None:
+def test_another_process_is_kept_out(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    study_at(path)
-    source = VectorSource(SPACE, ADMISSION, seed=0)
-    other = [Objective("miou", "maximize"), Objective("latency_ms", "minimize")]
-    with pytest.raises(ValueError, match=r"holds a study of \['ap', 'latency_ms'\], not of \['miou'"):
-        open_study(path, other, RandomVectorSampler(source))
+    program = (
+        "from tests.search_tests.test_study import *\n"
+        f"with open_study(Path({str(path)!r}), problem(), SAMPLER):\n"
+        "    print('open', flush=True)\n"
+        "    input()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None and other.stdout is not None
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(ValueError, match="another process has the study .* open"):
+        run(path, 1)
+    other.kill()
+    other.wait()
+    run(path, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (replace(problem(), space=SparsitySpace((2, 2))), "other genes: .*stage4"),
+        (replace(problem(), space=SparsitySpace((2, 2, 4, 2), (0.0, 0.5))), "other genes: .*not"),
+        (
+            SearchProblem(
+                SPACE,
+                [Objective("miou", "maximize"), problem().objectives[1]],
+                problem().quantities,
+                ("miou",),
+            ),
+            r'other objectives: \["maximize ap", .*not \["maximize miou"',
+        ),
+        (problem(Constraint("latency_ms", upper=5.0)), r'other constraints: \[\], not \["latency_ms ≤ 5"\]'),
+    ],
+)
+def test_a_study_of_something_else_is_refused(tmp_path: Path, changed: SearchProblem, message: str) -> None:
+    path = tmp_path / "study.journal"
+    run(path, 1)
+    before = path.read_bytes()
+    with (
+        pytest.raises(ValueError, match=message),
+        open_study(path, changed, create_sampler(changed, SamplerConfig(population_size=2, num_parents=2))),
+    ):
+        raise AssertionError("opened")
+    assert path.read_bytes() == before
+
+
+def test_a_study_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    run(path, 1)
+    with (
+        pytest.raises(ValueError, match='other experiment: "search", not "cityscapes"'),
+        open_study(path, problem(), SAMPLER, experiment="cityscapes"),
+    ):
+        raise AssertionError("opened")
+
+
+def test_what_cannot_be_a_study_is_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("not a journal\n")
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (foreign, "is not the journal of a study"),
+        (tmp_path / "file" / "study.journal", "cannot be written"),
+        (Path("/proc/study.journal"), "cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(path, 1)
+    assert foreign.read_text() == "not a journal\n"
+    with pytest.raises(ValueError, match="there is no study at"):
+        read_study(tmp_path / "nothing")
+
+
+def test_failed_trials_keep_their_reason(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    with open_study(path, problem(), SAMPLER) as study:
+        dispatcher = Dispatcher(study, problem(), Budget(2))
+        trial = dispatcher.next_trial()
+        assert trial is not None
+        dispatcher.fail(trial.number, "the device fell off the bus")
+    (counted,) = counted_trials(read_study(path))
+    assert counted.state == TrialState.FAIL
+    assert counted.user_attrs[REASON] == "the device fell off the bus"
 
 
 def test_encoding_round_trip() -> None:
     vector = SparsityVector((0.1, 0.8, 0.3, 0.4, 0.0))
     assert decode(encode(vector, SPACE), SPACE) == vector
     assert list(encode(vector, SPACE)) == list(distributions(SPACE))
+    assert evaluate(vector)["ap"] <= 1

@@ -1,0 +1,57 @@
+"""Optuna's NSGA-II with operators that know vectors.
+
+Selection, elitism and generations are Optuna's; this module only says where vectors come from.
+"""
+
+import numpy as np
+from optuna import Study
+from optuna.samplers import NSGAIISampler
+from optuna.trial import FrozenTrial
+
+from search.problem import SearchProblem
+from search.samplers.base import SamplerConfig, VectorSampler
+from search.space import Vector
+from search.variation import crossover, first_generation, mutate
+
+
+class VectorNSGAIISampler(VectorSampler, NSGAIISampler):
+    """NSGA-II over vectors: children are legal, unseen and within the constraints."""
+
+    def __init__(self, problem: SearchProblem, config: SamplerConfig) -> None:
+        NSGAIISampler.__init__(self, population_size=config.population_size, seed=config.seed)
+        VectorSampler.__init__(self, problem, config)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        super().before_trial(study, trial)
+        # Optuna asks for parameters only where some are not fixed, so an enqueued trial would
+        # belong to no generation.
+        self.get_trial_generation(study, trial)
+
+    def first_vectors(self) -> list[Vector]:
+        """A first generation that is spread over the range of the first cheap objective."""
+        space, quantities = self.problem.space, self.problem.quantities
+        cheap = [objective.name for objective in self.problem.objectives if objective.name in quantities]
+        return first_generation(
+            quantities[cheap[0]] if cheap else sum, space, self.problem.admits,
+            np.random.default_rng(self.config.seed), num_vectors=self.config.population_size,
+        )  # fmt: skip
+
+    def propose(
+        self, study: Study, trial: FrozenTrial, known: set[Vector], rng: np.random.Generator
+    ) -> Vector:
+        generation = self.get_trial_generation(study, trial)
+        parents = self.vectors_of(self.get_parent_population(study, generation))
+        if not parents:
+            return self.first_new(known, self.anything(rng))
+        return self.first_new(known, lambda: self._breed(parents, rng), self.anything(rng))
+
+    def _breed(self, parents: list[Vector], rng: np.random.Generator) -> Vector:
+        """A child by crossover, mutation or both."""
+        space, probability = self.problem.space, self.config.mutation_probability
+        first, second = (parents[index] for index in rng.integers(len(parents), size=2))
+        if rng.random() >= self.config.crossover_share:
+            return mutate(first, space, rng, probability=probability)
+        child = crossover(first, second, space, rng)
+        if rng.random() < 0.5 or child in (first, second):
+            return mutate(child, space, rng, probability=probability)
+        return child
