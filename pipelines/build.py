@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from pipelines.errors import ConfigurationError
 from pipelines.schema import ConfigSchema, TrainingSchema
+from pipelines.search_log import TRIALS
 from search.dispatch import Budget
 from search.engine import EngineConfig, check_cluster
 from search.problem import CheapQuantity, Constraint, Objective, SearchProblem
@@ -48,6 +49,7 @@ def check(config: ConfigSchema) -> None:
     check_cluster(config.cluster.address)
     _one_of("sampler.name", config.sampler.name, tuple(SAMPLERS))
     _one_of("finetune.rule", config.finetune.rule, RULES)
+    _one_of("tracking.trials", config.tracking.trials, TRIALS)
     _one_of("data.verify", config.data.verify, ("decode", "header", "none"))
     finetuned_vector(config)
     if config.finetune.rule == "latency_budget" and config.finetune.latency_budget_ms is None:

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,6 +122,7 @@ class Run:
         if key not in known:
             if self._evaluated is None or self._evaluated[0] != stage:
                 self._evaluated = stage, self.model_of(stage)
+            start = time.monotonic()
             with (
                 progress_bar(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance,
                 autocast(precision, self.device),
@@ -133,6 +135,7 @@ class Run:
                 "split": dataset.split,
                 "vector": str(sparsity),
                 "precision": precision,
+                "seconds_per_image": (time.monotonic() - start) / len(dataset),
                 "scores": dict(scores),
             }
             write_json(path, known)

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 import plotly.graph_objects as go
+from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
 from pipelines.artifacts import write_text
@@ -53,6 +54,29 @@ def write_plots(
         f"<h1>Pareto front</h1><table>{facts}</table>{plot}{rows}",
     )
     _static(folder / PNG_FILE, table, metric, front, header)
+
+
+def plot_front(page: Path, picture: Path, table: pd.DataFrame, x: str, y: str) -> None:
+    """The front of a search as an interactive page and as a picture.
+
+    Args:
+        table: a row per member: the vector, and every quantity by name.
+        x, y: the quantities to plot.
+    """
+    figure = go.Figure(
+        go.Scatter(
+            x=table[x], y=table[y], text=table["vector"], mode="lines+markers", line_shape="hv",
+            hovertemplate=f"%{{text}}<br>{x} %{{x:.4g}}<br>{y} %{{y:.4g}}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_layout(title="Front of the search", xaxis_title=x, yaxis_title=y, height=480)
+    write_text(page, figure.to_html(include_plotlyjs=True))
+    drawing, axes = plt.subplots(figsize=(7, 4.5))
+    axes.step(table[x], table[y], "o-", where="post")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    _save(drawing, picture)
 
 
 def _interactive(
@@ -121,6 +145,10 @@ def _static(
     axes.set_ylabel(f"{metric} on {header['accuracy on']}", fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     partial = path.with_name("partial." + path.name)
     figure.savefig(partial, dpi=130)

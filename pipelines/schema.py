@@ -180,6 +180,7 @@ class TrackingSchema:
     enabled: bool = True
     uri: str | None = None
     experiment: str = MISSING
+    trials: str = "all"  # which trials of the search get a run of their own: all, front or none
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pipelines import build, schema
 from pipelines.artifacts import METRICS_FILE, ArtifactStore, StageResult, content_key, write_json, write_text
 from pipelines.context import Run, Stage
 from pipelines.errors import ConfigurationError
+from pipelines.plan import print_plan
 from pipelines.plots import HTML_FILE
 from pipelines.progress import progress_bar
 from pipelines.stages.adapt import Adapt
@@ -44,6 +45,9 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     output = Path(config.output) / config.experiment
     run = Run(config, ArtifactStore(output / "stages"), NoTracker())
     keys = stage_keys(run, stages)
+    if config.search.dry_run:
+        print_plan(run, stages, keys)
+        return {}
     run_folder = output / "runs" / content_key(keys)
     run_folder.mkdir(parents=True, exist_ok=True)
     write_text(run_folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))

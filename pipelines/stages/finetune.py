@@ -8,7 +8,8 @@ from typing import Any, cast
 from pipelines import build
 from pipelines.artifacts import write_json
 from pipelines.context import Run
-from pipelines.stages.search import FRONT_FILE, search_problem
+from pipelines.search_log import FRONT_FILE
+from pipelines.stages.search import search_problem
 from pipelines.stages.training import train_stage, training_key
 from search.pareto import FrontMember
 from search.selection import Rule, choose

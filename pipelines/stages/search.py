@@ -7,29 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from optuna import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from pipelines import build
-from pipelines.artifacts import write_text
 from pipelines.context import Run
 from pipelines.errors import RunStopped
 from pipelines.evaluation import SupernetEvaluatorFactory
-from pipelines.progress import progress_bar
+from pipelines.search_log import FRONT_FILE, SearchLog
 from pipelines.stages.calibrate import PREDICTOR_FILE
+from pipelines.terminal import SearchView
 from search.dispatch import Dispatcher
-from search.encoding import vector_of
 from search.engine import run_search
 from search.problem import CheapQuantity, SearchProblem
 from search.progress import SearchProgress
 from search.samplers import create_sampler
-from search.study import REASON, counted_trials, enqueue, open_study
+from search.study import counted_trials, enqueue, open_study
 from search.warm_start import warm_start
 from sparsevit.backbone import BACKBONES
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.macs import count_macs
 from sparsevit.sparsity import SparsityVector
 
-FRONT_FILE = "front.json"
 STUDY_FILE = "study.journal"
 logger = logging.getLogger(__name__)
 
@@ -59,10 +57,7 @@ class Search:
         first = [*warm_start(list(config.warm_start), run.space), *sampler.first_vectors()]
         with open_study(study_file(run, folder), problem, sampler, experiment=run.config.experiment) as study:
             enqueue(study, first, run.space)  # those that an earlier process enqueued are skipped
-            for trial in counted_trials(study):
-                _log_trial(run, trial)
-            progress, stopped_by = self._search(run, study, problem)
-        write_text(folder / FRONT_FILE, progress.front.to_json())
+            progress, stopped_by = self._search(run, folder, study, problem)
         logger.info("  the search ends: %s", stopped_by)
         if not progress.front.members or has_too_many_failures(progress, config.max_failures):
             raise RunStopped(
@@ -77,25 +72,35 @@ class Search:
             "final_hypervolume": progress.hypervolume,
         }
 
-    def _search(self, run: Run, study: Study, problem: SearchProblem) -> tuple[SearchProgress, str]:
-        config = run.config.search
+    def _search(
+        self, run: Run, folder: Path, study: Study, problem: SearchProblem
+    ) -> tuple[SearchProgress, str]:
+        config, population_size = run.config.search, run.config.sampler.population_size
+        log = SearchLog(
+            run.tracker, self.name, folder, problem, trials=run.config.tracking.trials, every=population_size
+        )
+        errors = run.results["calibrate"].metrics
+        run.tracker.log_metrics(
+            self.name, {f"predictor_{name}": errors[name] for name in ("rmspe", "spearman")}
+        )
 
         def on_trial(trial: FrozenTrial, progress: SearchProgress) -> None:
-            _log_trial(run, trial)
-            run.tracker.log_metrics(self.name, {"hypervolume": progress.hypervolume}, trial.number)
-            advance(1, hypervolume=f"{progress.hypervolume:.3f}")
+            log.on_trial(trial, progress)
+            view.update()
 
+        budget = build.budget(run.config)
         dispatcher = Dispatcher(
-            study, problem, build.budget(run.config), on_trial=on_trial,
-            batch_size=run.config.sampler.population_size if config.deterministic else None,
+            study, problem, budget, batch_size=population_size if config.deterministic else None,
+            on_trial=on_trial,
         )  # fmt: skip
         progress = dispatcher.progress
-        with progress_bar(
-            config.num_evaluations, "search: evaluations", unit="vector", initial=progress.num_counted
-        ) as advance:
+        with SearchView(
+            progress, budget, lambda: dispatcher.num_running, accuracy=run.task.metric, cost="latency_ms"
+        ) as view:
             stopped_by = run_search(
                 dispatcher, self._factory(run), build.engine(run.config), sample_budget=config.num_images
             )
+        log.finish(counted_trials(study), progress)
         return progress, stopped_by
 
     def score(self, run: Run) -> Mapping[str, float]:
@@ -143,15 +148,3 @@ def cheap_quantities(run: Run, calibration: Path) -> dict[str, CheapQuantity]:
         return count_macs(shape, (height, width), vector) / 1e9
 
     return {"latency_ms": predictor.predict, "macs_g": macs_g}
-
-
-def _log_trial(run: Run, trial: FrozenTrial) -> None:
-    key = f"trial-{trial.number}"
-    vector = vector_of(trial, run.space)
-    params = {"vector": str(vector), **trial.params}
-    if REASON in trial.user_attrs:
-        params["failure"] = trial.user_attrs[REASON]
-    if run.tracker.start(key, f"trial {trial.number}", parent="search", params=params):
-        run.tracker.log_metrics(key, {k: v for k, v in trial.user_attrs.items() if isinstance(v, float)})
-        run.tracker.end(key, is_success=trial.state == TrialState.COMPLETE)
-        run.tracker.flush()

@@ -104,7 +104,7 @@ def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: 
     [
         (["+experiment=nothing"], "Available options in 'experiment':\n\tcoco"),
         ([], "choose an experiment: +experiment=coco"),
-        (["+experiment=coco", "sampler=x"], "Available options in 'sampler':\n\tnsga2"),
+        (["+experiment=coco", "sampler=x"], "Available options in 'sampler':\n\tevolution"),
         (["+experiment=coco", "train.epochz=1"], "valid keys here: epochs, batch_size"),
         (["+experiment=coco", "train.epochs=many"], "'many' of type 'str' could not be converted to Float"),
         (["+experiment=coco", "data.root=/no/such/folder"], "is not a folder: set data.root"),

@@ -1,0 +1,170 @@
+"""A real Ray cluster of two nodes on this machine, with token authentication, and a submitted job."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from pipelines.compare import find_journal
+from search.study import counted_trials, read_study
+from tests.pipelines_tests.configuration import tiny_run
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+NUM_EVALUATIONS = 60
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Cluster:
+    """Nodes that are started and killed as processes of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, self.dashboard = free_port(), free_port()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        """Start a node with one CPU."""
+        log = (self.folder / f"node-{len(self._nodes)}.log").open("wb")
+        node = subprocess.Popen(
+            [BIN / "ray", "start", "--block", "--num-cpus=1", "--object-store-memory=100000000", *options],
+            env=self.environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        self._nodes.append(node)
+        return node
+
+    def start_head(self) -> None:
+        # A socket's path may have 107 characters, so the folder must be a short one.
+        temporary = f"--temp-dir=/tmp/ray-{os.getpid()}-{self.port}"
+        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", temporary)
+
+    def add_node(self) -> subprocess.Popen[bytes]:
+        return self.start(f"--address=127.0.0.1:{self.port}")
+
+    def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "ray", *command], env=self.environment, capture_output=True, text=True, check=False,
+            timeout=timeout, cwd=ROOT,
+        )  # fmt: skip
+
+    def num_nodes(self) -> int:
+        """Nodes that are alive."""
+        program = (
+            "import ray, json\n"
+            f"ray.init('127.0.0.1:{self.port}', logging_level='ERROR', log_to_driver=False)\n"
+            "print(json.dumps(sum(node['Alive'] for node in ray.nodes())))\n"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=self.environment, capture_output=True, text=True, check=False
+        )
+        return int(json.loads(result.stdout.splitlines()[-1])) if result.returncode == 0 else 0
+
+    def stop(self) -> None:
+        for node in self._nodes:
+            kill(node)
+
+
+def kill(node: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    cluster.start_head()
+    cluster.add_node()
+    try:
+        wait_until(lambda: cluster.num_nodes() == 2, 120, "two nodes")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def wait_until(is_so: object, seconds: float, what: str) -> None:
+    assert callable(is_so)
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(1)
+
+
+def test_a_submitted_job_survives_its_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """Submit, kill a node in mid-search, add another: the front comes out, the budget is spent once."""
+    address = f"http://127.0.0.1:{cluster.dashboard}"
+    stranger = subprocess.run(
+        [BIN / "ray", "job", "list", "--address", address], capture_output=True, text=True, check=False,
+        env={**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+    )  # fmt: skip
+    assert stranger.returncode != 0
+    overrides = tiny_run(
+        tmp_path, "cluster=ray", f"search.num_evaluations={NUM_EVALUATIONS}", "until=search",
+        f"search.storage={tmp_path / 'study.journal'}",
+    )  # fmt: skip
+    submitted = cluster.run(
+        "job", "submit", "--address", address, "--working-dir", ".", "--no-wait", "--submission-id", "search",
+        "--", "python", "pipelines/run.py", "+experiment=coco", *overrides,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+
+    def num_finished() -> int:
+        journal = tmp_path / "study.journal"
+        return len(counted_trials(read_study(journal))) if journal.is_file() else 0
+
+    wait_until(lambda: num_finished() >= 8, 400, "first trials")
+    kill(cluster._nodes[1])
+    before = num_finished()
+    wait_until(lambda: num_finished() > before + 3, 120, "trials on the node that is left")
+    cluster.add_node()
+    status = ""
+
+    def is_over() -> bool:
+        nonlocal status
+        status = cluster.run("job", "status", "search", "--address", address).stdout
+        return any(word in status for word in ("succeeded", "failed", "stopped"))
+
+    wait_until(is_over, 400, "end of the job")
+    logs = cluster.run("job", "logs", "search", "--address", address).stdout
+    assert "succeeded" in status, logs[-3000:]
+    trials = counted_trials(read_study(tmp_path / "study.journal"))
+    assert len(trials) == NUM_EVALUATIONS
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
+    (run,) = (tmp_path / "out" / "coco" / "runs").iterdir()
+    assert find_journal(run) == tmp_path / "study.journal"
+    assert json.loads((run / "search" / "front.json").read_text())["members"]
+
+
+def test_the_manifest_in_the_docs_is_whole() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    manifest = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert manifest["kind"] == "RayJob"
+    cluster = manifest["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
