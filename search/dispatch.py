@@ -16,7 +16,7 @@ from search.encoding import decode
 from search.problem import SearchProblem
 from search.progress import ELAPSED, SearchProgress
 from search.space import Vector
-from search.study import REASON, close_undrawn, counted_trials, in_flight
+from search.study import REASON, WORKER, close_undrawn, counted_trials, in_flight
 from search.variation import SearchExhausted
 
 OnTrial = Callable[[FrozenTrial, SearchProgress], None]
@@ -153,8 +153,8 @@ class Dispatcher:
     def vector_of(self, trial: Trial) -> Vector:
         return decode(trial.params, self.problem.space)
 
-    def tell(self, number: int, values: Mapping[str, float]) -> None:
-        """Take the result of a running trial: what the evaluator gave, by name.
+    def tell(self, number: int, values: Mapping[str, float], worker: str = "") -> None:
+        """Take the result of a running trial: what the evaluator gave, by name, and who ran it.
 
         Raises:
             KeyError: if the trial is not running.
@@ -170,9 +170,14 @@ class Dispatcher:
         for constraint in self.problem.evaluated_constraints:
             trial.set_constraint(constraint.name, constraint.violation(known[constraint.name]))
         trial.set_user_attr(ELAPSED, round(self.progress.elapsed_s, 3))
+        trial.set_user_attr(WORKER, worker)
         objectives = [known[objective.name] for objective in self.problem.objectives]
         self.study.tell(trial, objectives)  # last: what is cut off before is evaluated again
         self._finish(number)
+
+    def requeue(self, number: int) -> None:
+        """Hand a running trial out again, next: where it ran is gone, through no fault of its own."""
+        self._waiting.appendleft(self._running.pop(number))
 
     def fail(self, number: int, reason: str) -> None:
         """Record that a running trial has failed for good."""

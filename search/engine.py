@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import cloudpickle, tune
+from ray.exceptions import ActorUnavailableError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.search import Searcher
 
@@ -35,6 +37,9 @@ from search.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 CONNECTION_TIMEOUT_S = 5.0
+NUM_STARTING = 4
+MAX_LOSSES = 20  # of nodes under one trial; the cluster takes a while to notice that one is gone
+LOST_NODE = "its node has died"
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,9 @@ def run_search(
     """
     if dispatcher.stopped_by is not None:
         return dispatcher.stopped_by
+    # Tune starts so many workers at once; it gives a worker that has become free to the trial that
+    # waits longest, whose own worker may be about to start.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(config.num_workers or NUM_STARTING)
     owns_ray = not ray.is_initialized()
     start_ray(config)
     try:
@@ -184,6 +192,7 @@ class VectorTrial(tune.Trainable):
         self._sample_budget = sample_budget
         self._num_attempts = 1 + config.num_retries
         self._timeout_s = config.trial_timeout_s
+        self._name = f"{ray.get_runtime_context().get_node_id()[:12]}/{os.getpid()}"
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.config = new_config
@@ -201,7 +210,8 @@ class VectorTrial(tune.Trainable):
                 continue
             broken = {name: value for name, value in values.items() if not math.isfinite(value)}
             if not broken:
-                return {"outcome": json.dumps({"values": values}), "done": True}
+                outcome = {"values": values, "worker": self._name}
+                return {"outcome": json.dumps(outcome), "done": True}
             reason = f"the evaluation gave {broken}"
         return {"outcome": json.dumps({"failure": reason}), "done": True}
 
@@ -229,6 +239,7 @@ class StudySearcher(Searcher):
         super().__init__()
         self._dispatcher = dispatcher
         self._numbers: dict[str, int] = {}  # Tune's name of a trial to its number in the study
+        self._num_losses: Counter[int] = Counter()
 
     def suggest(  # type: ignore[override]  # Searcher.FINISHED is a string
         self, trial_id: str
@@ -248,11 +259,20 @@ class StudySearcher(Searcher):
         if "failure" in outcome:
             self.fail(trial_id, outcome["failure"])
         else:
-            self._dispatcher.tell(self._numbers.pop(trial_id), outcome["values"])
+            self._dispatcher.tell(self._numbers.pop(trial_id), outcome["values"], outcome["worker"])
 
     def fail(self, trial_id: str, reason: str) -> None:
         """Record a trial that failed for good."""
         self._dispatcher.fail(self._numbers.pop(trial_id), reason)
+
+    def lose(self, trial_id: str, reason: str) -> None:
+        """A node went away under a trial: it runs again, within bounds."""
+        number = self._numbers.pop(trial_id)
+        self._num_losses[number] += 1
+        if self._num_losses[number] > MAX_LOSSES:
+            self._dispatcher.fail(number, reason)
+        else:
+            self._dispatcher.requeue(number)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher now and then; all that matters is in the study on disk."""
@@ -278,7 +298,13 @@ class _TellLostWorkers(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         elapsed_s = time.monotonic() - self._started.pop(trial.trial_id, math.inf)
-        reason = _reason_of(trial)
+        error = _error_of(trial)
+        reason = (
+            "the worker was lost" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+        )
+        if isinstance(error, ActorUnavailableError) or LOST_NODE in str(error):
+            self._searcher.lose(trial.trial_id, reason)
+            return
         if self._timeout_s is not None and elapsed_s >= self._timeout_s:
             reason = f"no result within {self._timeout_s:g} s, so its worker was ended"
         self._searcher.fail(trial.trial_id, reason)
@@ -288,10 +314,10 @@ class _TellLostWorkers(Callback):
         return {}
 
 
-def _reason_of(trial: Any) -> str:
+def _error_of(trial: Any) -> BaseException | None:
     """Why Tune gave a trial up. The driver has the error at once, the storage only after its next copy."""
     path = trial.pickled_error_file
     if path is None or not Path(path).is_file():
-        return "the worker was lost"
-    error = cloudpickle.loads(Path(path).read_bytes())
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+    error: BaseException = cloudpickle.loads(Path(path).read_bytes())
+    return error

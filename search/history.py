@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from search.pareto import FrontMember, ParetoFront
 from search.problem import Objective
-from search.study import REASON, counted_trials, read_study
+from search.study import REASON, WORKER, counted_trials, read_study
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class SearchHistory:
             Objective(metric, "maximize" if direction == StudyDirection.MAXIMIZE else "minimize")
             for metric, direction in zip(study.metric_names, study.directions, strict=True)
         )
-        trials = []
+        trials: list[FrontMember | None] = []
         for trial in counted_trials(study):
             is_feasible = all(violation <= 0 for violation in trial.constraints.values())
             if trial.state == TrialState.COMPLETE and is_feasible:
-                values = {key: value for key, value in trial.user_attrs.items() if key != REASON}
+                notes = (REASON, WORKER)
+                values = {key: value for key, value in trial.user_attrs.items() if key not in notes}
                 trials.append(FrontMember(tuple(trial.params.values()), values))
             else:
                 trials.append(None)

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.encoding import vector_of
 from search.pareto import FrontMember, ParetoFront
 from search.problem import SearchProblem
-from search.study import REASON
+from search.study import REASON, WORKER
 
 ELAPSED = "elapsed_s"
 
@@ -81,7 +81,8 @@ def member_of(trial: FrozenTrial, problem: SearchProblem) -> FrontMember | None:
     vector = vector_of(trial, problem.space)
     if vector is None or any(violation > 0 for violation in trial.constraints.values()):
         return None
-    values = {name: value for name, value in trial.user_attrs.items() if name not in (REASON, ELAPSED)}
+    notes = (REASON, WORKER, ELAPSED)
+    values = {name: value for name, value in trial.user_attrs.items() if name not in notes}
     return FrontMember(vector, values)
 
 

@@ -30,6 +30,7 @@ from search.variation import SearchExhausted
 
 STUDY_NAME = "sparsity"
 REASON = "reason"
+WORKER = "worker"
 INTERRUPTED = "interrupted before its vector was drawn"
 IDENTITY = "search"
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 from optuna.trial import TrialState
 
 from pipelines.compare import find_journal
-from search.study import counted_trials, read_study
+from search.study import WORKER, counted_trials, read_study
 from tests.pipelines_tests.configuration import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -48,19 +49,18 @@ class Cluster:
         self._nodes: list[subprocess.Popen[bytes]] = []
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
-        """Start a node with one CPU."""
+        """Start a node with one CPU and a folder of its own, as on a machine of its own."""
+        # A socket's path may have 107 characters, so the folder must be a short one.
+        temporary = f"--temp-dir=/tmp/ray-{self.port}-{len(self._nodes)}"
         log = (self.folder / f"node-{len(self._nodes)}.log").open("wb")
-        node = subprocess.Popen(
-            [BIN / "ray", "start", "--block", "--num-cpus=1", "--object-store-memory=100000000", *options],
-            env=self.environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+        command: list[str] = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", temporary, *options]
+        command.append("--object-store-memory=100000000")
+        node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self._nodes.append(node)
         return node
 
     def start_head(self) -> None:
-        # A socket's path may have 107 characters, so the folder must be a short one.
-        temporary = f"--temp-dir=/tmp/ray-{os.getpid()}-{self.port}"
-        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", temporary)
+        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}")
 
     def add_node(self) -> subprocess.Popen[bytes]:
         return self.start(f"--address=127.0.0.1:{self.port}")
@@ -84,8 +84,9 @@ class Cluster:
         return int(json.loads(result.stdout.splitlines()[-1])) if result.returncode == 0 else 0
 
     def stop(self) -> None:
-        for node in self._nodes:
+        for number, node in enumerate(self._nodes):
             kill(node)
+            shutil.rmtree(f"/tmp/ray-{self.port}-{number}", ignore_errors=True)
 
 
 def kill(node: subprocess.Popen[bytes]) -> None:
@@ -114,8 +115,8 @@ def wait_until(is_so: object, seconds: float, what: str) -> None:
         time.sleep(1)
 
 
-def test_a_submitted_job_survives_its_nodes(cluster: Cluster, tmp_path: Path) -> None:
-    """Submit, kill a node in mid-search, add another: the front comes out, the budget is spent once."""
+def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Submit, kill a node in mid-search: the front comes out, the budget is spent once."""
     address = f"http://127.0.0.1:{cluster.dashboard}"
     stranger = subprocess.run(
         [BIN / "ray", "job", "list", "--address", address], capture_output=True, text=True, check=False,
@@ -140,7 +141,6 @@ def test_a_submitted_job_survives_its_nodes(cluster: Cluster, tmp_path: Path) ->
     kill(cluster._nodes[1])
     before = num_finished()
     wait_until(lambda: num_finished() > before + 3, 120, "trials on the node that is left")
-    cluster.add_node()
     status = ""
 
     def is_over() -> bool:
@@ -153,10 +153,41 @@ def test_a_submitted_job_survives_its_nodes(cluster: Cluster, tmp_path: Path) ->
     assert "succeeded" in status, logs[-3000:]
     trials = counted_trials(read_study(tmp_path / "study.journal"))
     assert len(trials) == NUM_EVALUATIONS
-    assert all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert [trial.user_attrs for trial in trials if trial.state != TrialState.COMPLETE] == []
     (run,) = (tmp_path / "out" / "coco" / "runs").iterdir()
     assert find_journal(run) == tmp_path / "study.journal"
     assert json.loads((run / "search" / "front.json").read_text())["members"]
+
+
+DRIVER = """
+import sys
+from search.dispatch import Budget, Dispatcher
+from search.samplers import SamplerConfig, create_sampler
+from tests.search_tests.test_engine import *
+sampler = create_sampler(PROBLEM, SamplerConfig("random"))
+with open_study(Path(sys.argv[1]) / "study.journal", PROBLEM, sampler) as study:
+    dispatcher = Dispatcher(study, PROBLEM, Budget(8))
+    config = EngineConfig(address=sys.argv[2], num_workers=None)
+    run_search(dispatcher, Logged(Path(sys.argv[1]), seconds=8.0), config)
+"""
+
+
+def test_a_node_that_joins_later_gets_work(cluster: Cluster, tmp_path: Path) -> None:
+    """Trials last longer than a worker takes to start, as real ones do."""
+    kill(cluster._nodes[1])
+    wait_until(lambda: cluster.num_nodes() == 1, 90, "notice of the loss")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), f"127.0.0.1:{cluster.port}"],
+        env=cluster.environment, cwd=ROOT,
+    )  # fmt: skip
+    journal = tmp_path / "study.journal"
+    wait_until(lambda: journal.is_file() and counted_trials(read_study(journal)), 120, "first trial")
+    cluster.add_node()
+    assert driver.wait(timeout=200) == 0
+    trials = counted_trials(read_study(journal))
+    assert len(trials) == 8
+    assert [trial.user_attrs for trial in trials if trial.state != TrialState.COMPLETE] == []
+    assert len({trial.user_attrs[WORKER].partition("/")[0] for trial in trials}) == 2
 
 
 def test_the_manifest_in_the_docs_is_whole() -> None:
