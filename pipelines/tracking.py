@@ -23,6 +23,7 @@ PARENT = "run"
 KEY_TAG = "sparsevit.key"
 OUTBOX_FILE = "tracking.jsonl"
 SENT_FILE = "tracking.sent.json"
+MAX_EVENTS_PER_BATCH = 50  # MLflow takes 1,000 metrics at a time
 
 
 class Tracker:
@@ -57,6 +58,7 @@ class Tracker:
             sent = {}
         self._num_sent: int = sent.get("num_sent", 0)
         self._run_ids: dict[str, str] = sent.get("run_ids", {})
+        self._alone_until = 0  # events up to here are sent one by one
         self._client: Any = None
         self._is_offline = False
 
@@ -91,16 +93,19 @@ class Tracker:
             return
         try:
             while self._num_sent < len(self._events):
-                event = self._events[self._num_sent]
+                event, count = self._next_event()
                 try:
                     self._send(event)
                 except Exception as error:
                     if event["op"] == "start" or not _is_refusal(error):
                         raise
+                    if count > 1:  # find the one that is refused
+                        self._alone_until = self._num_sent + count
+                        continue
                     logger.warning(
                         "warning: MLflow refuses a record of %s: %s", event["key"], _first_line(error)
                     )
-                self._num_sent += 1
+                self._num_sent += count
                 if event["op"] == "start":  # so that a kill does not create a run twice
                     self._save_position()
         except Exception as error:  # noqa: BLE001  (MLflow raises whatever its transport raises)
@@ -148,6 +153,23 @@ class Tracker:
         content = {"uri": self._uri, "num_sent": self._num_sent, "run_ids": self._run_ids}
         write_json(self._sent_file, content)
 
+    def _next_event(self) -> tuple[dict[str, Any], int]:
+        """What to send next, and how many events it stands for: metrics of one run go together."""
+        first = self._events[self._num_sent]
+        if first["op"] != "metrics":
+            return first, 1
+        points: list[tuple[str, float, int, int]] = []
+        count = 0
+        limit = 1 if self._num_sent < self._alone_until else MAX_EVENTS_PER_BATCH
+        for event in self._events[self._num_sent : self._num_sent + limit]:
+            if event["op"] != "metrics" or event["key"] != first["key"]:
+                break
+            points += [
+                (name, value, event["time_ms"], event["step"]) for name, value in event["metrics"].items()
+            ]
+            count += 1
+        return {**first, "points": points}, count
+
     def _append(self, op: str, key: str, **fields: Any) -> None:
         event = {"op": op, "key": key, "time_ms": int(1000 * time.time()), **fields}
         with self._outbox.open("a") as outbox:
@@ -194,10 +216,7 @@ class Tracker:
             for first in range(0, len(params), 100):
                 self._client.log_batch(run.info.run_id, params=params[first : first + 100])
         elif event["op"] == "metrics":
-            metrics = [
-                Metric(name, value, event["time_ms"], event["step"])
-                for name, value in event["metrics"].items()
-            ]
+            metrics = [Metric(*point) for point in event["points"]]
             self._client.log_batch(self._run_ids[key], metrics=metrics)
         elif event["op"] == "artifact":
             if Path(event["path"]).exists():

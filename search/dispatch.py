@@ -207,7 +207,7 @@ class Dispatcher:
             close_undrawn(self.study, trial)
 
     def _finish(self, number: int) -> None:
-        del self._running[number]
-        frozen = self.study.get_trials(deepcopy=False)[number]
+        trial = self._running.pop(number)
+        frozen = self.study._storage.get_trial(trial._trial_id)  # all trials take time to list
         self.progress.add(frozen)
         self._on_trial(frozen, self.progress)

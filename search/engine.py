@@ -29,6 +29,7 @@ import ray
 from ray import cloudpickle, tune
 from ray.exceptions import ActorUnavailableError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from search.dispatch import Dispatcher
@@ -118,6 +119,7 @@ def run_search(
                 trainable,
                 tune_config=TuneConfig(
                     search_alg=searcher,
+                    scheduler=_InOrder(),  # type: ignore[no-untyped-call]
                     num_samples=-1,
                     max_concurrent_trials=config.num_workers,
                     reuse_actors=True,
@@ -283,6 +285,13 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
+
+
+class _InOrder(FIFOScheduler):
+    """Trials start as they come. Tune does that by itself; its own scheduler looks through all of them."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        return None
 
 
 class _TellLostWorkers(Callback):

@@ -5,7 +5,8 @@ that it looks at, and on nothing that lives in a process alone: a search that is
 as it would have.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,12 +14,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.trial import FrozenTrial
+from optuna.samplers import BaseGASampler, BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
 
 from search.encoding import distributions, encode, vector_of
 from search.problem import SearchProblem
-from search.space import Vector
+from search.space import SearchSpace, Vector
 from search.variation import Propose, first_new, uniform_vector
 
 
@@ -95,8 +96,8 @@ class VectorSampler(BaseSampler):
                 for name, distribution in search_space.items()
             }
         known = self.known_vectors(study, trial)
-        rng = np.random.default_rng([self.config.seed, len(known)])
-        return encode(self.propose(study, trial, known, rng), self.problem.space)
+        rng = np.random.default_rng([self.config.seed, len(known.vectors)])
+        return encode(self.propose(study, trial, known.vectors, rng), self.problem.space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -107,11 +108,11 @@ class VectorSampler(BaseSampler):
         """Nothing to do for vectors: processes that share a study know different numbers of them."""
         self._others.reseed_rng()
 
-    def known_vectors(self, study: Study, trial: FrozenTrial) -> set[Vector]:
-        """Every vector of the study but this trial's: finished, failed, in flight or enqueued."""
-        if study not in self._known:
-            self._known[study] = KnownVectors(self.problem)
-        return self._known[study].update(study, trial)
+    def known_vectors(self, study: Study, trial: FrozenTrial) -> "KnownVectors":
+        """The vectors of every earlier trial: finished, failed, in flight or enqueued."""
+        known = self._known.setdefault(study, KnownVectors(self.problem.space))
+        known.read_until(study, trial.number)
+        return known
 
     def first_new(self, known: set[Vector], *propose: Propose) -> Vector:
         """The first proposal that is new and admitted; at last one from the whole space.
@@ -135,23 +136,75 @@ class VectorSampler(BaseSampler):
 
 
 class KnownVectors:
-    """The vectors of a study, read once each."""
+    """The vectors of a study's trials up to a number, each read once."""
 
-    def __init__(self, problem: SearchProblem) -> None:
-        self._space = problem.space
+    def __init__(self, space: SearchSpace) -> None:
+        self.vectors: set[Vector] = set()
+        self._space = space
         self._num_read = 0
-        self._vectors: set[Vector] = set()
 
-    def update(self, study: Study, current: FrozenTrial) -> set[Vector]:
-        """All but the current trial's, of trials before and after it (which are enqueued)."""
-        trials = study.get_trials(deepcopy=False)
-        while self._num_read < min(current.number, len(trials)):
-            self._add(trials[self._num_read])
-            self._num_read += 1
-        enqueued = {vector_of(trial, self._space) for trial in trials[current.number + 1 :]} - {None}
-        return self._vectors | enqueued if enqueued else self._vectors
+    def read_until(self, study: Study, number: int) -> None:
+        """Read the trials before `number` that were not read yet."""
+        if self._num_read == number - 1:  # as always but at the start; all trials take time to list
+            storage = study._storage
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, self._num_read)
+            self._read([storage.get_trial(trial_id)])
+        elif self._num_read < number:
+            self._read(study.get_trials(deepcopy=False)[self._num_read : number])
 
-    def _add(self, trial: FrozenTrial) -> None:
-        vector = vector_of(trial, self._space)
-        if vector is not None:
-            self._vectors.add(vector)
+    def _read(self, trials: list[FrozenTrial]) -> None:
+        vectors = (vector_of(trial, self._space) for trial in trials)
+        self.vectors.update(vector for vector in vectors if vector is not None)
+        self._num_read += len(trials)
+
+
+class GenerationSampler(VectorSampler, BaseGASampler):
+    """A sampler whose vectors have parents: those that its `select_parent` takes from a generation.
+
+    Generations are counted as `BaseGASampler` counts them, but one trial at a time.
+    """
+
+    def __init__(self, problem: SearchProblem, config: SamplerConfig) -> None:
+        VectorSampler.__init__(self, problem, config)
+        self._counts: WeakKeyDictionary[Study, Counter[int]] = WeakKeyDictionary()
+        self._generations: WeakKeyDictionary[Study, dict[int, int]] = WeakKeyDictionary()
+        self._parents: WeakKeyDictionary[Study, dict[int, list[Vector]]] = WeakKeyDictionary()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        super().before_trial(study, trial)
+        # Optuna asks for parameters only where some are not fixed, so an enqueued trial would
+        # belong to no generation.
+        self.get_trial_generation(study, trial)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        super().after_trial(study, trial, state, values)
+        if study in self._counts and state == TrialState.COMPLETE:
+            self._counts[study][self.get_trial_generation(study, trial)] += 1
+
+    def get_trial_generation(self, study: Study, trial: FrozenTrial) -> int:
+        generation = trial.system_attrs.get(self._get_generation_key())
+        generations = self._generations.setdefault(study, {})
+        if generation is None:
+            generation = generations.get(trial.number)
+        if generation is not None:
+            return int(generation)
+        if study not in self._counts:
+            complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+            known = (each.system_attrs.get(self._get_generation_key()) for each in complete)
+            self._counts[study] = Counter(number for number in known if number is not None)
+        last = max(self._counts[study], default=0)
+        generations[trial.number] = last + (self._counts[study][last] >= self.config.population_size)
+        study._storage.set_trial_system_attr(
+            trial._trial_id, self._get_generation_key(), generations[trial.number]
+        )
+        return generations[trial.number]
+
+    def parents_of(self, study: Study, trial: FrozenTrial) -> list[Vector]:
+        """The vectors of the parents of a trial's generation; none for the first."""
+        generation = self.get_trial_generation(study, trial)
+        parents = self._parents.setdefault(study, {})
+        if generation not in parents:
+            parents[generation] = self.vectors_of(self.get_parent_population(study, generation))
+        return parents[generation]

@@ -12,21 +12,17 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from search.problem import SearchProblem
-from search.samplers.base import SamplerConfig, VectorSampler
+from search.samplers.base import GenerationSampler, SamplerConfig
 from search.space import Vector
 from search.variation import crossover, mutate, random_vector
 
 
-class EvolutionSampler(VectorSampler, BaseGASampler):
+class EvolutionSampler(GenerationSampler):
     """Keeps the best of all generations by the study's first objective."""
 
     def __init__(self, problem: SearchProblem, config: SamplerConfig) -> None:
         BaseGASampler.__init__(self, population_size=config.population_size)
-        VectorSampler.__init__(self, problem, config)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        super().before_trial(study, trial)
-        self.get_trial_generation(study, trial)
+        GenerationSampler.__init__(self, problem, config)
 
     def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
         candidates = {
@@ -47,8 +43,7 @@ class EvolutionSampler(VectorSampler, BaseGASampler):
         self, study: Study, trial: FrozenTrial, known: set[Vector], rng: np.random.Generator
     ) -> Vector:
         space = self.problem.space
-        generation = self.get_trial_generation(study, trial)
-        parents = self.vectors_of(self.get_parent_population(study, generation))
+        parents = self.parents_of(study, trial)
 
         def draw() -> Vector:
             return random_vector(space, rng)

@@ -9,23 +9,17 @@ from optuna.samplers import NSGAIISampler
 from optuna.trial import FrozenTrial
 
 from search.problem import SearchProblem
-from search.samplers.base import SamplerConfig, VectorSampler
+from search.samplers.base import GenerationSampler, SamplerConfig
 from search.space import Vector
 from search.variation import crossover, first_generation, mutate
 
 
-class VectorNSGAIISampler(VectorSampler, NSGAIISampler):
+class VectorNSGAIISampler(GenerationSampler, NSGAIISampler):
     """NSGA-II over vectors: children are legal, unseen and within the constraints."""
 
     def __init__(self, problem: SearchProblem, config: SamplerConfig) -> None:
         NSGAIISampler.__init__(self, population_size=config.population_size, seed=config.seed)
-        VectorSampler.__init__(self, problem, config)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        super().before_trial(study, trial)
-        # Optuna asks for parameters only where some are not fixed, so an enqueued trial would
-        # belong to no generation.
-        self.get_trial_generation(study, trial)
+        GenerationSampler.__init__(self, problem, config)
 
     def first_vectors(self) -> list[Vector]:
         """A first generation that is spread over the range of the first cheap objective."""
@@ -39,8 +33,7 @@ class VectorNSGAIISampler(VectorSampler, NSGAIISampler):
     def propose(
         self, study: Study, trial: FrozenTrial, known: set[Vector], rng: np.random.Generator
     ) -> Vector:
-        generation = self.get_trial_generation(study, trial)
-        parents = self.vectors_of(self.get_parent_population(study, generation))
+        parents = self.parents_of(study, trial)
         if not parents:
             return self.first_new(known, self.anything(rng))
         return self.first_new(known, lambda: self._breed(parents, rng), self.anything(rng))
