@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from pipelines.workflow import run_pipeline
+from search.study import read_study
+from search.warm_start import PUBLISHED
 from sparsevit import load_exported
 from tests.pipelines_tests.configuration import composed, tiny_run
 
@@ -91,6 +94,71 @@ def test_sweep_shares_the_stages_it_has_in_common(finished: Path) -> None:
 
 def stage_folders(folder: Path) -> set[str]:
     return {path.parent.name for path in (folder / "out").glob("coco/stages/*/result.json")}
+
+
+def test_dry_run_says_what_would_happen_and_does_nothing(finished: Path) -> None:
+    before = sorted(path.name for path in (finished / "out").rglob("*"))
+    result = subprocess.run(
+        command(finished, "search.dry_run=true", "sampler=random", "search.warm_start=[coco_34ms]"),
+        cwd=finished, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (
+        "stages:       train (finished), adapt (finished), calibrate (finished), search (to do)"
+        in result.stdout
+    )
+    assert "space:        120,285 vectors of 6 genes" in result.stdout
+    for line in (r"latency:      [\d.]+ to [\d.]+ ms", r"sampler:      random, 1 vectors to start with"):
+        assert re.search(line, result.stdout)
+    assert re.search(
+        r"budget:       6 evaluations, 2 at a time\ntime:         about [\d.]+ min", result.stdout
+    )
+    assert sorted(path.name for path in (finished / "out").rglob("*")) == before
+
+
+def test_a_deterministic_search_with_a_warm_start_and_a_time_limit(finished: Path) -> None:
+    result = subprocess.run(
+        command(
+            finished, "search.deterministic=true", "search.warm_start=[coco_34ms]", "until=search",
+            "search.max_hours=1", "search.plateau=100", "tracking.trials=front",
+        ),
+        cwd=finished, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "the search ends: 6 evaluations are done" in result.stdout
+    fronts = sorted(
+        (finished / "out").glob("coco/stages/search-*/front.csv"), key=lambda p: p.stat().st_mtime
+    )
+    assert fronts
+    study = read_study(fronts[-1].with_name("study.journal"))
+    assert tuple(study.trials[0].params.values()) == PUBLISHED["coco_34ms"]
+
+
+def test_too_many_failures_stop_the_run_with_what_was_found(finished: Path) -> None:
+    """No trial ends in time; a larger limit goes on with the same study."""
+    overrides = (
+        "search.max_failures=2",
+        "cluster.trial_timeout_s=0.001",
+        "cluster.num_retries=0",
+        "cluster.num_workers=1",
+        "search.seed=7",
+    )
+    result = subprocess.run(
+        command(finished, *overrides), cwd=finished, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert (
+        "the search stopped: 2 trials failed for good (max_failures=2): no result within 0.001 s"
+        in result.stderr
+    )
+    assert "run again with a larger search.max_failures to go on from there" in result.stderr
+    assert "Traceback" not in result.stderr.split("error: the search stopped")[1]
+    again = subprocess.run(
+        command(finished, "search.max_failures=3", "search.seed=7", "until=search"),
+        cwd=finished, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "num_failed 2" in again.stdout
 
 
 def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: Path) -> None:
