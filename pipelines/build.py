@@ -129,9 +129,13 @@ def backbone(config: ConfigSchema) -> SparseSwin:
 
 def task(config: ConfigSchema, num_classes: int) -> Task:
     fields = plain(config.task)
-    name = fields.pop("name")
+    name, options = fields.pop("name"), fields.pop("options")
     fields.pop("scale_range")
-    return create_task(name, {"num_classes": num_classes, **fields})
+    if ":" in name:
+        options["image_size"] = fields["image_size"]
+    else:  # ours; what is not set has the detector's own default
+        options = {key: value for key, value in fields.items() if value is not None}
+    return create_task(name, {"num_classes": num_classes, **options})
 
 
 def training(stage: TrainingSchema, num_images: int) -> TrainingConfig:

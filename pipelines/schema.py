@@ -4,6 +4,7 @@ The values live in ``conf/``; a ``???`` there must be set by the user or by an e
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -11,18 +12,22 @@ from omegaconf import MISSING
 
 @dataclass
 class TaskSchema:
-    """``name`` chooses the task; the rest are the detector's widths and sampling."""
+    """``name`` chooses the task; the rest are the detector's widths and sampling.
+
+    A task of the user's own, ``module:callable``, takes `image_size` and its `options`.
+    """
 
     name: str = MISSING
     image_size: int = MISSING
-    fpn_channels: int = MISSING
-    box_channels: int = MISSING
-    mask_channels: int = MISSING
-    smallest_anchor: int = MISSING
-    num_proposals: int = MISSING
-    num_rois_per_image: int = MISSING
-    num_detections: int = MISSING
+    fpn_channels: int | None = None
+    box_channels: int | None = None
+    mask_channels: int | None = None
+    smallest_anchor: int | None = None
+    num_proposals: int | None = None
+    num_rois_per_image: int | None = None
+    num_detections: int | None = None
     scale_range: list[float] = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

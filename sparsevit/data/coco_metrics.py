@@ -28,21 +28,19 @@ def average_precision(
 
 
 def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
-    """Detections of one image, as torchvision's Mask R-CNN gives them, in COCO's result format."""
-    masks = (detections["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
+    """Detections of one image, as torchvision's detectors give them, in COCO's result format."""
     boxes = detections["boxes"].float().cpu()
     corners_and_sizes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
-    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
     columns = zip(
-        corners_and_sizes, encoded, detections["scores"].tolist(), detections["labels"].tolist(), strict=True
+        corners_and_sizes, detections["scores"].tolist(), detections["labels"].tolist(), strict=True
     )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": box,
-            "segmentation": mask,
-            "score": score,
-        }
-        for box, mask, score, label in columns
+    results: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, score, label in columns
     ]
+    if "masks" in detections and results:
+        masks = (detections["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
+        encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0)))
+        for result, mask in zip(results, encoded, strict=True):
+            result["segmentation"] = mask
+    return results
