@@ -8,6 +8,7 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -84,7 +85,7 @@ class SearchView:
         for low, high, best in self.bands():
             cells = ("–", "") if best is None else (f"{best.values[self._accuracy]:.3f}", str(best.vector))
             table.add_row(f"{low:.4g} – {high:.4g}", *cells)
-        return Group(Text(f"  search: {self.line()}"), bar, table)
+        return Group(Text(f"  search: {self.line()}"), Padding(bar, (0, 2)), Padding(table, (0, 2)))
 
     def line(self) -> str:
         """The state in one line."""
