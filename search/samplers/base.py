@@ -6,7 +6,7 @@ as it would have.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseGASampler, BaseSampler, RandomSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search.encoding import distributions, encode, vector_of
@@ -125,11 +126,6 @@ class VectorSampler(BaseSampler):
             num_attempts=self.config.num_attempts, constraints=self.problem.described_constraints,
         )  # fmt: skip
 
-    def vectors_of(self, trials: Iterable[FrozenTrial]) -> list[Vector]:
-        """The vectors of trials in order of number; Optuna's order of parents depends on who asks first."""
-        vectors = (vector_of(trial, self.problem.space) for trial in sorted(trials, key=lambda t: t.number))
-        return [vector for vector in vectors if vector is not None]
-
     def anything(self, rng: np.random.Generator) -> Callable[[], Vector]:
         """Draws from the whole space."""
         return lambda: uniform_vector(self.problem.space, rng)
@@ -158,6 +154,28 @@ class KnownVectors:
         self._num_read += len(trials)
 
 
+@dataclass(frozen=True)
+class Parent:
+    """A vector, and all that it costs: violations of constraints first, then every objective."""
+
+    vector: Vector
+    costs: tuple[float, ...]
+
+    def dominates(self, other: "Parent") -> bool:
+        """Constrained domination (Deb et al. 2002, section VI): feasibility before objectives."""
+        if self.costs[0] != other.costs[0]:
+            return self.costs[0] < other.costs[0]
+        pairs = list(zip(self.costs, other.costs, strict=True))
+        return self.costs != other.costs and all(mine <= yours for mine, yours in pairs)
+
+
+def costs_of(trial: FrozenTrial, study: Study) -> tuple[float, ...]:
+    """The sum of a finished trial's violations, and its objectives as quantities to minimise."""
+    signs = (-1 if direction == StudyDirection.MAXIMIZE else 1 for direction in study.directions)
+    violation = sum(max(0.0, value) for value in trial.constraints.values())
+    return violation, *(sign * value for sign, value in zip(signs, trial.values, strict=True))
+
+
 class GenerationSampler(VectorSampler, BaseGASampler):
     """A sampler whose vectors have parents: those that its `select_parent` takes from a generation.
 
@@ -168,7 +186,7 @@ class GenerationSampler(VectorSampler, BaseGASampler):
         VectorSampler.__init__(self, problem, config)
         self._counts: WeakKeyDictionary[Study, Counter[int]] = WeakKeyDictionary()
         self._generations: WeakKeyDictionary[Study, dict[int, int]] = WeakKeyDictionary()
-        self._parents: WeakKeyDictionary[Study, dict[int, list[Vector]]] = WeakKeyDictionary()
+        self._parents: WeakKeyDictionary[Study, dict[int, list[Parent]]] = WeakKeyDictionary()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         super().before_trial(study, trial)
@@ -201,10 +219,18 @@ class GenerationSampler(VectorSampler, BaseGASampler):
         )
         return generations[trial.number]
 
-    def parents_of(self, study: Study, trial: FrozenTrial) -> list[Vector]:
-        """The vectors of the parents of a trial's generation; none for the first."""
+    def parents_of(self, study: Study, trial: FrozenTrial) -> list[Parent]:
+        """The parents of a trial's generation, in order of number; none for the first.
+
+        Optuna's own order depends on who asks first.
+        """
         generation = self.get_trial_generation(study, trial)
-        parents = self._parents.setdefault(study, {})
-        if generation not in parents:
-            parents[generation] = self.vectors_of(self.get_parent_population(study, generation))
-        return parents[generation]
+        known = self._parents.setdefault(study, {})
+        if generation not in known:
+            trials = self.get_parent_population(study, generation)
+            known[generation] = [
+                Parent(vector, costs_of(each, study))
+                for each in sorted(trials, key=lambda each: each.number)
+                if (vector := vector_of(each, self.problem.space)) is not None
+            ]
+        return known[generation]

@@ -8,11 +8,10 @@ a constraint of the problem.
 import numpy as np
 from optuna import Study
 from optuna.samplers import BaseGASampler
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from search.problem import SearchProblem
-from search.samplers.base import GenerationSampler, SamplerConfig
+from search.samplers.base import GenerationSampler, SamplerConfig, costs_of
 from search.space import Vector
 from search.variation import crossover, mutate, random_vector
 
@@ -32,10 +31,9 @@ class EvolutionSampler(GenerationSampler):
                 *self.get_population(study, generation - 1),
             )
         }
-        sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
         ranked = sorted(
             candidates.values(),
-            key=lambda trial: (sum(trial.constraints.values()) > 0, sign * trial.values[0], trial.number),
+            key=lambda trial: (*costs_of(trial, study)[:2], trial.number),
         )
         return ranked[: self.config.num_parents]
 
@@ -49,7 +47,7 @@ class EvolutionSampler(GenerationSampler):
             return random_vector(space, rng)
 
         def breed() -> Vector:
-            first, second = (parents[index] for index in rng.integers(len(parents), size=2))
+            first, second = (parents[index].vector for index in rng.integers(len(parents), size=2))
             if len(known) % 2:
                 return crossover(first, second, space, rng)
             return mutate(first, space, rng, probability=self.config.mutation_probability, is_local=False)

@@ -9,7 +9,7 @@ from optuna.samplers import NSGAIISampler
 from optuna.trial import FrozenTrial
 
 from search.problem import SearchProblem
-from search.samplers.base import GenerationSampler, SamplerConfig
+from search.samplers.base import GenerationSampler, Parent, SamplerConfig
 from search.space import Vector
 from search.variation import crossover, first_generation, mutate
 
@@ -38,13 +38,19 @@ class VectorNSGAIISampler(GenerationSampler, NSGAIISampler):
             return self.first_new(known, self.anything(rng))
         return self.first_new(known, lambda: self._breed(parents, rng), self.anything(rng))
 
-    def _breed(self, parents: list[Vector], rng: np.random.Generator) -> Vector:
-        """A child by crossover, mutation or both."""
+    def _breed(self, parents: list[Parent], rng: np.random.Generator) -> Vector:
+        """A child by crossover, mutation or both, of winners of binary tournaments."""
         space, probability = self.problem.space, self.config.mutation_probability
-        first, second = (parents[index] for index in rng.integers(len(parents), size=2))
+        first, second = (_winner(parents, rng).vector for _ in range(2))
         if rng.random() >= self.config.crossover_share:
             return mutate(first, space, rng, probability=probability)
         child = crossover(first, second, space, rng)
         if rng.random() < 0.5 or child in (first, second):
             return mutate(child, space, rng, probability=probability)
         return child
+
+
+def _winner(parents: list[Parent], rng: np.random.Generator) -> Parent:
+    """Of two parents the one that dominates, else the first."""
+    first, second = (parents[int(index)] for index in rng.integers(len(parents), size=2))
+    return second if second.dominates(first) else first
