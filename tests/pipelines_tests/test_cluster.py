@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -74,14 +75,15 @@ class Cluster:
     def num_nodes(self) -> int:
         """Nodes that are alive."""
         program = (
-            "import ray, json\n"
+            "import ray\n"
             f"ray.init('127.0.0.1:{self.port}', logging_level='ERROR', log_to_driver=False)\n"
-            "print(json.dumps(sum(node['Alive'] for node in ray.nodes())))\n"
+            "print('nodes:', sum(node['Alive'] for node in ray.nodes()))\n"
         )
         result = subprocess.run(
             [sys.executable, "-c", program], env=self.environment, capture_output=True, text=True, check=False
         )
-        return int(json.loads(result.stdout.splitlines()[-1])) if result.returncode == 0 else 0
+        counts = re.findall(r"^nodes: (\d+)$", result.stdout, flags=re.MULTILINE)
+        return int(counts[0]) if counts else 0
 
     def stop(self) -> None:
         for number, node in enumerate(self._nodes):

@@ -141,7 +141,7 @@ def test_too_many_failures_stop_the_run_with_what_was_found(finished: Path) -> N
         "cluster.trial_timeout_s=0.001",
         "cluster.num_retries=0",
         "cluster.num_workers=1",
-        "search.seed=7",
+        "search.seed=70",
     )
     result = subprocess.run(
         command(finished, *overrides), cwd=finished, capture_output=True, text=True, check=False
@@ -154,7 +154,7 @@ def test_too_many_failures_stop_the_run_with_what_was_found(finished: Path) -> N
     assert "run again with a larger search.max_failures to go on from there" in result.stderr
     assert "Traceback" not in result.stderr.split("error: the search stopped")[1]
     again = subprocess.run(
-        command(finished, "search.max_failures=3", "search.seed=7", "until=search"),
+        command(finished, "search.max_failures=3", "search.seed=70", "until=search"),
         cwd=finished, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr[-2000:]

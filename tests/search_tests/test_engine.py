@@ -147,7 +147,7 @@ DRIVER = """
 import sys
 from tests.search_tests.test_engine import *
 folder = Path(sys.argv[1])
-search(folder, int(sys.argv[2]), Logged(folder), num_workers=2, num_retries=3)
+search(folder, int(sys.argv[2]), Logged(folder), num_workers=2, num_retries=12)
 """
 
 
