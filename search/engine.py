@@ -27,7 +27,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import cloudpickle, tune
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -130,7 +130,7 @@ def run_search(
                     verbose=0,
                     failure_config=FailureConfig(max_failures=config.num_retries),
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[_TellLostWorkers(searcher, config.trial_timeout_s)],
+                    callbacks=[_TellLostWorkers(searcher, config)],
                 ),
             ).fit()
     finally:
@@ -297,9 +297,10 @@ class _InOrder(FIFOScheduler):
 class _TellLostWorkers(Callback):
     """Tune tells a searcher that a trial is lost, but a callback why."""
 
-    def __init__(self, searcher: StudySearcher, timeout_s: float | None) -> None:
+    def __init__(self, searcher: StudySearcher, config: EngineConfig) -> None:
         self._searcher = searcher
-        self._timeout_s = timeout_s
+        self._timeout_s = config.trial_timeout_s
+        self._num_retries = config.num_retries
         self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -311,7 +312,9 @@ class _TellLostWorkers(Callback):
         reason = (
             "the worker was lost" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
         )
-        if isinstance(error, ActorUnavailableError) or LOST_NODE in str(error):
+        # Tune gives up at once where a worker dies between two trials.
+        is_early = isinstance(error, RayActorError) and trial.num_failures <= self._num_retries
+        if isinstance(error, ActorUnavailableError) or LOST_NODE in str(error) or is_early:
             self._searcher.lose(trial.trial_id, reason)
             return
         if self._timeout_s is not None and elapsed_s >= self._timeout_s:

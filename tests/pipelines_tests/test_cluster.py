@@ -129,10 +129,15 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
         tmp_path, "cluster=ray", f"search.num_evaluations={NUM_EVALUATIONS}", "until=search",
         f"search.storage={tmp_path / 'study.journal'}",
     )  # fmt: skip
-    submitted = cluster.run(
-        "job", "submit", "--address", address, "--working-dir", ".", "--no-wait", "--submission-id", "search",
-        "--", "python", "pipelines/run.py", "+experiment=coco", *overrides,
-    )  # fmt: skip
+    for attempt in range(3):  # a dashboard that has just started may not answer yet
+        name = f"search-{attempt}"
+        submitted = cluster.run(
+            "job", "submit", "--address", address, "--working-dir", ".", "--no-wait", "--submission-id", name,
+            "--", "python", "pipelines/run.py", "+experiment=coco", *overrides,
+        )  # fmt: skip
+        if submitted.returncode == 0:
+            break
+        time.sleep(10)
     assert submitted.returncode == 0, submitted.stderr
 
     def num_finished() -> int:
@@ -147,11 +152,11 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
 
     def is_over() -> bool:
         nonlocal status
-        status = cluster.run("job", "status", "search", "--address", address).stdout
+        status = cluster.run("job", "status", name, "--address", address).stdout
         return any(word in status for word in ("succeeded", "failed", "stopped"))
 
     wait_until(is_over, 400, "end of the job")
-    logs = cluster.run("job", "logs", "search", "--address", address).stdout
+    logs = cluster.run("job", "logs", name, "--address", address).stdout
     assert "succeeded" in status, logs[-3000:]
     trials = counted_trials(read_study(tmp_path / "study.journal"))
     assert len(trials) == NUM_EVALUATIONS
