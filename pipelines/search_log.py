@@ -1,6 +1,5 @@
 """What a search leaves for people while it runs: its front as files, its trials and curves in MLflow."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ FRONT_TABLE = "front.csv"
 FRONT_HTML = "front.html"
 FRONT_PNG = "front.png"
 TRIALS = ("all", "front", "none")
-SECONDS_BETWEEN_FLUSHES = 2.0
 
 
 class SearchLog:
@@ -49,7 +47,6 @@ class SearchLog:
         self._problem = problem
         self._trials = trials
         self._every = every
-        self._last_flush = time.monotonic()
 
     def on_trial(self, trial: FrozenTrial, progress: SearchProgress) -> None:
         """Take a trial that has just finished."""
@@ -63,9 +60,6 @@ class SearchLog:
         self._tracker.log_metrics(self._key, curves, progress.num_counted)
         if progress.num_counted % self._every == 0:
             self.write_front(progress)
-        if time.monotonic() - self._last_flush > SECONDS_BETWEEN_FLUSHES:
-            self._tracker.flush()
-            self._last_flush = time.monotonic()
 
     def finish(self, trials: Sequence[FrozenTrial], progress: SearchProgress) -> None:
         """Write the last front; log what is not logged yet."""
@@ -77,7 +71,6 @@ class SearchLog:
             )
             if is_wanted:
                 self.log_trial(trial)
-        self._tracker.flush()
 
     def write_front(self, progress: SearchProgress) -> None:
         """The front as JSON, table, page and picture, in the search's folder and in MLflow."""

@@ -1,5 +1,6 @@
 """Compose configurations in tests, as the command line does."""
 
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -7,6 +8,8 @@ from hydra import compose, initialize_config_dir
 
 from pipelines import schema
 from pipelines.run import CONF
+
+ROOT = Path(__file__).parents[2]
 
 
 def composed(*overrides: str, experiment: str = "coco") -> schema.ConfigSchema:
@@ -36,10 +39,21 @@ def tiny_run(folder: Path, *overrides: str) -> list[str]:
         "latency.num_held_out=4",
         "latency.num_rounds=2",
         "search.num_evaluations=6",
+        "cluster.num_workers=1",
         "sampler.population_size=4",
         "report.num_rounds=2",
         "train.checkpoint_every_s=0",
         "adapt.checkpoint_every_s=0",
         "finetune.checkpoint_every_s=0",
         *overrides,
+    ]
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    """The command line of a tiny run in `folder`."""
+    return [
+        sys.executable,
+        str(ROOT / "pipelines" / "run.py"),
+        "+experiment=coco",
+        *tiny_run(folder, *overrides),
     ]

@@ -2,19 +2,18 @@
 
 import json
 import logging
-import socket
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines.tracking import PARENT, Tracker
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+from pipelines.tracking_sender import Position, Sender
+from tests.ray_cluster import ROOT, free_port, wait_until
 
 
 def tracker_at(folder: Path, uri: str) -> Tracker:
@@ -94,34 +93,74 @@ def test_server_that_is_down_costs_a_warning_and_no_record(
         log_something(tracker, tmp_path)
         tracker.flush()
         tracker.flush()
-    warnings = [record for record in caplog.records if "cannot be reached" in record.message]
-    assert len(warnings) == 1
+        wait_until(lambda: "cannot be reached" in caplog.text, 5, "warning")
+    assert caplog.text.count("cannot be reached") == 1
     tracker.close()
     assert tracker.num_unsent == 7
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    back = tracker_at(tmp_path, uri)
-    assert back.num_unsent == 7
-    back.close()
+    tracker_at(tmp_path, uri).close()
     check(uri)
 
 
 def test_next_run_of_another_configuration_sends_what_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    store: dict[str, Any] = {
+        "uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "artifact_root": tmp_path / "artifacts",
+        "experiment": "test",
+    }
+    tracker = tracker_at(tmp_path, store["uri"])
+    kill(tracker)
+    log_something(tracker, tmp_path)
+    with monkeypatch.context() as outage:
+        outage.setattr(Sender, "_connect", unreachable)
+        sender = Sender(tmp_path / "run", **store)
+        sender.send()
+        sender.close()
+    assert "(no route)" in capsys.readouterr().out
+    assert tracker.num_unsent == 7
+    Tracker(tmp_path / "other", **store).close()
+    assert tracker.num_unsent == 0
+    check(store["uri"])
+
+
+def unreachable(sender: Sender) -> None:
+    raise ConnectionError("no route")
+
+
+def kill(tracker: Tracker) -> None:
+    tracker._sender.kill()
+    tracker._sender.wait()
+
+
+def test_killed_senders_send_everything_once(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracker = tracker_at(tmp_path, uri)
-    with monkeypatch.context() as outage:
-        outage.setattr(Tracker, "_connect", unreachable)
-        log_something(tracker, tmp_path)
-        tracker.close()
-    assert tracker.num_unsent == 7
-    other = Tracker(tmp_path / "other", uri=uri, artifact_root=tmp_path / "artifacts", experiment="test")
-    other.close()
+    log_something(tracker, tmp_path)
+    for number in range(1, 30):
+        tracker.start(f"trial-{number}", f"trial {number}", parent="search", params={"vector": "[0 0]"})
+    wait_until(lambda: tracker.num_unsent < 25, 30, "first records", every=0.01)
+    kill(tracker)
+    assert tracker.num_unsent > 0
+    tracker.close()
+    tracker_at(tmp_path, uri).close()
+    runs = runs_of(uri)  # which asserts that no name comes twice
+    assert set(runs) == {"coco", "search", *(f"trial {number}" for number in range(30))}
+
+
+def test_sender_outlives_a_killed_run(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from tests.pipelines_tests.test_tracking import log_something, tracker_at\n"
+        "folder = Path(sys.argv[1])\nlog_something(tracker_at(folder, sys.argv[2]), folder)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path), uri], cwd=ROOT, check=False)
+    assert result.returncode == -signal.SIGKILL
+    wait_until(lambda: Position.read(tmp_path / "run", uri).num_sent == 7, 30, "end of the sender")
     check(uri)
-
-
-def unreachable(tracker: Tracker) -> None:
-    raise ConnectionError("no route")
 
 
 def test_refused_record_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,8 +191,10 @@ def test_torn_outbox_line_is_cut_off(tmp_path: Path) -> None:
     outbox = tmp_path / "run" / "tracking.jsonl"
     with outbox.open("a") as file:
         file.write('{"op": "metr')
+    kill(tracker)
     tracker._lock.release()  # as the end of the process does
     reopened = tracker_at(tmp_path, uri)
-    assert reopened.num_unsent == 1
     reopened.end(PARENT)
+    reopened.close()
+    assert reopened.num_unsent == 0
     assert [json.loads(line)["op"] for line in outbox.read_text().splitlines()] == ["start", "end"]

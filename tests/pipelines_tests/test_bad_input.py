@@ -1,0 +1,38 @@
+"""Bad input: exit status 2 and a message that names it, before long work starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.workflow import run_pipeline
+from tests.pipelines_tests.configuration import ROOT, composed, tiny_run
+
+
+def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no vector has latency_ms ≤ 0.001: reachable is "):
+        run_pipeline(composed(*tiny_run(tmp_path, "search.latency_budget_ms=0.001", "tracking=none")))
+    assert not list((tmp_path / "out").glob("coco/stages/train-*/result.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+experiment=nothing"], "Available options in 'experiment':\n\tcoco"),
+        ([], "choose an experiment: +experiment=coco"),
+        (["+experiment=coco", "sampler=x"], "Available options in 'sampler':\n\tevolution"),
+        (["+experiment=coco", "train.epochz=1"], "valid keys here: epochs, batch_size"),
+        (["+experiment=coco", "train.epochs=many"], "'many' of type 'str' could not be converted to Float"),
+        (["+experiment=coco", "data.root=/no/such/folder"], "is not a folder: set data.root"),
+        (["+experiment=coco", "finetune.vector=[0.1,0.2]"], "has 2 ratios, but depths [2, 2, 6, 2] need 6"),
+        (["+experiment=coco", "finetune.vector=[0.1,0.2,0.5,0.3,0.5,0]"], "may not decrease inside a stage"),
+        (["+experiment=coco", "finetune.vector=[0.1,1.2,0.5,0.5,0.5,0]"], "ratios lie in [0, 1)"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_exit_status_2_and_a_message(tmp_path: Path, overrides: list[str], message: str) -> None:
+    arguments = [sys.executable, str(ROOT / "pipelines" / "run.py"), *overrides]
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

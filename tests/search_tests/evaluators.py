@@ -1,0 +1,98 @@
+"""Evaluators for the engine's tests, and a search on Ray with them."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from search.dispatch import Budget, Dispatcher
+from search.engine import EngineConfig, run_search
+from search.evaluator import Evaluator
+from search.problem import Objective, SearchProblem
+from search.samplers import SamplerConfig, create_sampler
+from search.study import enqueue, open_study
+from sparsevit.sparsity import SparsitySpace, SparsityVector
+
+SPACE = SparsitySpace((2, 2))
+RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE = (
+    SPACE.uniform(ratio) for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+)
+PROBLEM = SearchProblem(
+    SPACE,
+    (Objective("ap", "maximize"), Objective("latency_ms", "minimize")),
+    {"latency_ms": lambda vector: 10 - sum(vector)},
+    ("ap", "extra"),
+)
+
+
+@dataclass(frozen=True)
+class Treacherous:
+    """An evaluator that goes wrong in every way, on vectors that the test enqueues."""
+
+    folder: Path
+
+    def __call__(self) -> Evaluator:
+        def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:
+            if vector == RAISES:
+                raise MemoryError("CUDA out of memory, say")
+            if vector == GIVES_NAN:
+                return {"ap": float("nan")}
+            if vector == LOSES_WORKER:
+                os._exit(1)
+            if vector == HANGS or (vector == HANGS_ONCE and self.is_first("hung")):
+                time.sleep(1000)
+            if vector == RAISES_ONCE and self.is_first("raised"):
+                raise RuntimeError("once")
+            return {"ap": 1 - sum(vector) / 4, "extra": float(budget or 0)}
+
+        return evaluate
+
+    def is_first(self, name: str) -> bool:
+        marker = self.folder / name
+        is_first = not marker.exists()
+        marker.touch()
+        return is_first
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Takes a moment, and notes every evaluation in a file per vector."""
+
+    folder: Path
+    seconds: float = 0.1
+
+    def __call__(self) -> Evaluator:
+        (self.folder / f"worker-{os.getpid()}").touch()
+
+        def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:
+            time.sleep(self.seconds)
+            return {"ap": 1 - sum(vector) / 4}
+
+        return evaluate
+
+
+def search(
+    folder: Path,
+    num_evaluations: int,
+    factory: Treacherous | Logged,
+    *,
+    batch_size: int | None = None,
+    **config: Any,
+) -> list[FrozenTrial]:
+    """Search in `folder` and return the trials that were told in this call."""
+    told: list[FrozenTrial] = []
+    sampler = create_sampler(PROBLEM, SamplerConfig(population_size=4, num_parents=2))
+    first = [RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE]
+    with open_study(folder / "study.journal", PROBLEM, sampler) as study:
+        if isinstance(factory, Treacherous):
+            enqueue(study, first, SPACE)
+        dispatcher = Dispatcher(
+            study, PROBLEM, Budget(num_evaluations), batch_size=batch_size,
+            on_trial=lambda trial, progress: told.append(trial),
+        )  # fmt: skip
+        run_search(dispatcher, factory, EngineConfig(**config), sample_budget=7)
+    return told
