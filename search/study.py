@@ -8,7 +8,7 @@ opening. A trial that was in flight stays so in the study; `in_flight` finds it 
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -122,6 +122,25 @@ def seen_vectors(study: Study, space: SearchSpace) -> set[Vector]:
     return {vector for vector in vectors if vector is not None}
 
 
+class _Journal(JournalStorage):
+    """Before every new trial Optuna looks for waiting ones; here it passes over those that no longer wait.
+
+    For one process and one study: a trial that has begun never waits again.
+    """
+
+    _num_begun = 0
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        if deepcopy or states != (TrialState.WAITING,):
+            return super().get_all_trials(study_id, deepcopy, states)
+        trials = super().get_all_trials(study_id, deepcopy=False)
+        while self._num_begun < len(trials) and trials[self._num_begun].state != TrialState.WAITING:
+            self._num_begun += 1
+        return [trial for trial in trials[self._num_begun :] if trial.state == TrialState.WAITING]
+
+
 def _lock(path: Path) -> FileLock:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +160,7 @@ def _lock(path: Path) -> FileLock:
 
 
 def _create_or_load(path: Path, problem: SearchProblem, sampler: BaseSampler) -> Study:
-    storage = JournalStorage(JournalFileBackend(str(path)))
+    storage = _Journal(JournalFileBackend(str(path)))
     if STUDY_NAME in optuna.get_all_study_names(storage):
         return optuna.load_study(study_name=STUDY_NAME, storage=storage, sampler=sampler)
     return optuna.create_study(
