@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 KEY_TAG = "sparsevit.key"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # how the UI shows it
 OUTBOX_FILE = "tracking.jsonl"
 SENT_FILE = "tracking.sent.jsonl"
 MAX_RECORDS_PER_BATCH = 50  # MLflow takes 1,000 metrics at a time
@@ -201,7 +202,9 @@ class Sender:
         if experiment is None:
             is_local = not self._uri.startswith(("http://", "https://"))
             location = self._artifact_root.resolve().as_uri() if is_local else None
-            self._experiment_id = client.create_experiment(self._experiment, artifact_location=location)
+            self._experiment_id = client.create_experiment(
+                self._experiment, artifact_location=location, tags=EXPERIMENT_TAGS
+            )
         else:
             self._experiment_id = experiment.experiment_id
         return client

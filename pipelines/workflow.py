@@ -60,6 +60,7 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
         for stage in _in_order(stages, config):
             _run_stage(run, stage, keys[stage.name])
         if not run.tracker.is_ended(PARENT):
+            run.tracker.log_metrics(PARENT, run.results[stages[-1].name].metrics)  # to compare runs by
             run.tracker.end(PARENT)
     except BaseException:
         run.tracker.end(PARENT, is_success=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 
 from pipelines.workflow import STAGES, run_pipeline
 from search.study import read_study
@@ -41,6 +42,21 @@ def test_every_stage_left_its_result(finished: Path) -> None:
     front = json.loads(next((finished / "out").glob("coco/stages/report-*/front.json")).read_text())
     assert front["members"]
     assert all(member["latency_ms"] > 0 for member in front["members"])
+
+
+def test_mlflow_has_a_run_with_its_results_stages_and_trials(finished: Path) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'out' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("coco")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs["coco"].data.metrics["chosen_speedup"] > 0
+    assert {runs[stage.name].data.tags["mlflow.parentRunId"] for stage in STAGES} == {
+        runs["coco"].info.run_id
+    }
+    trials = [run for name, run in runs.items() if name.startswith("trial")]
+    assert len(trials) == 6
+    assert all({"latency_ms", "mask_ap"} <= set(run.data.metrics) for run in trials)
+    assert all(run.info.status == "FINISHED" for run in runs.values())
 
 
 def test_export_loads_and_predicts(finished: Path) -> None:
