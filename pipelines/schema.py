@@ -85,7 +85,8 @@ class AdaptSchema(TrainingSchema):
 class FinetuneSchema(TrainingSchema):
     """`rule` chooses the front member: ``latency_budget``, ``accuracy_drop`` or ``knee``.
 
-    A `vector` is finetuned instead, if one is given.
+    `max_accuracy_drop` counts from the dense model to the member before finetuning, on the search
+    split. A `vector` is finetuned instead, if one is given.
     """
 
     rule: str = MISSING

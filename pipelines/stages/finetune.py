@@ -22,7 +22,7 @@ class Finetune:
     """From the adapted weights, at the chosen vector."""
 
     name = "finetune"
-    needs = ("search", "adapt", "calibrate")
+    needs = ("train", "search", "adapt", "calibrate")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         return training_key(run.config.finetune, run)
@@ -56,10 +56,10 @@ class Finetune:
                 given,
                 {**scores, **search_problem(run).measure(given)},
             )
+        dense = run.accuracy("train", run.search_set, run.space.dense, "of the dense model")
         return choose(
             front_members(run), cast(Rule, config.rule),
-            accuracy=metric, latency="latency_ms",
-            dense_accuracy=run.results["adapt"].metrics[f"search_{metric}"],
+            accuracy=metric, latency="latency_ms", dense_accuracy=dense[metric],
             max_accuracy_drop=config.max_accuracy_drop, latency_budget_ms=config.latency_budget_ms,
         )  # fmt: skip
 

@@ -60,13 +60,13 @@ class Treacherous:
 
 @dataclass(frozen=True)
 class Logged:
-    """Takes a moment, and notes every evaluation in a file per vector."""
+    """Takes a moment; every worker leaves a file that says which GPUs it was given."""
 
     folder: Path
     seconds: float = 0.1
 
     def __call__(self) -> Evaluator:
-        (self.folder / f"worker-{os.getpid()}").touch()
+        (self.folder / f"worker-{os.getpid()}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
         def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:
             time.sleep(self.seconds)

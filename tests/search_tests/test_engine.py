@@ -1,14 +1,19 @@
 """The engine on a real Ray: failures, hangs, lost workers, bad settings."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import ray
 from optuna.trial import FrozenTrial, TrialState
 
 from search.encoding import vector_of
 from search.engine import EngineConfig, check_cluster
 from search.study import REASON, counted_trials, read_study
+from sparsevit.sparsity import SparsityVector
+from tests.ray_cluster import ROOT, wait_until
 from tests.search_tests.evaluators import (
     GIVES_NAN,
     HANGS,
@@ -19,6 +24,8 @@ from tests.search_tests.evaluators import (
     Treacherous,
     search,
 )
+
+NUM_BATCHED = 14
 
 
 def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -44,15 +51,57 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
             assert trial.user_attrs["extra"] == 7
 
 
-def test_the_same_vectors_from_one_worker_and_from_three(tmp_path: Path) -> None:
-    evaluated = []
-    for num_workers in (1, 3):
-        folder = tmp_path / str(num_workers)
+def test_deterministic_for_any_number_of_workers_and_after_a_kill(tmp_path: Path) -> None:
+    fronts = {}
+    for num_workers in (1, 4):
+        folder = tmp_path / f"{num_workers} workers"
         folder.mkdir()
-        search(folder, 14, Logged(folder, seconds=0.02), num_workers=num_workers, batch_size=4)
-        evaluated.append({vector_of(t, SPACE) for t in counted_trials(read_study(folder / "study.journal"))})
-    assert evaluated[0] == evaluated[1]
-    assert len(evaluated[0]) == 14
+        search(folder, NUM_BATCHED, Logged(folder, seconds=0.02), num_workers=num_workers, batch_size=4)
+        fronts[num_workers] = vectors_and_front(folder)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    driver = start_batched_driver(killed)  # with two workers
+    wait_until(lambda: num_finished(killed) >= 6, 120, "new results", every=0.1)  # in the second batch of 4
+    driver.kill()
+    driver.wait()
+    assert 6 <= num_finished(killed) < NUM_BATCHED
+    assert start_batched_driver(killed).wait(timeout=120) == 0
+    assert fronts[1] == fronts[4] == vectors_and_front(killed)
+    assert len(fronts[1][0]) == NUM_BATCHED
+
+
+def start_batched_driver(folder: Path) -> subprocess.Popen[bytes]:
+    """A deterministic search in a process that can be killed."""
+    program = (
+        "import sys\n"
+        "from tests.search_tests.evaluators import *\n"
+        "folder = Path(sys.argv[1])\n"
+        "search(folder, int(sys.argv[2]), Logged(folder, seconds=0.5), num_workers=2, batch_size=4)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", program, str(folder), str(NUM_BATCHED)], cwd=ROOT)
+
+
+def num_finished(folder: Path) -> int:
+    journal = folder / "study.journal"
+    return len(counted_trials(read_study(journal))) if journal.is_file() else 0
+
+
+def vectors_and_front(folder: Path) -> tuple[set[SparsityVector | None], set[tuple[float, ...]]]:
+    study = read_study(folder / "study.journal")
+    vectors = {vector_of(trial, SPACE) for trial in counted_trials(study)}
+    return vectors, {tuple(trial.values) for trial in study.best_trials}
+
+
+def test_workers_share_a_gpu_as_configured(tmp_path: Path) -> None:
+    """Ray believes in the GPU that it is told of; the workers only look which one they were given."""
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        search(tmp_path, 8, Logged(tmp_path), num_workers=2, cpus_per_worker=0.5, gpus_per_worker=0.5)
+    finally:
+        ray.shutdown()
+    given = [path.read_text() for path in tmp_path.glob("worker-*")]
+    assert len(given) >= 2
+    assert set(given) == {"0"}
 
 
 def test_workers_keep_their_model_between_trials(tmp_path: Path) -> None:
