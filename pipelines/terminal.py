@@ -46,8 +46,9 @@ class SearchView:
         self._accuracy = accuracy
         self._cost = cost
         self._range = progress.problem.reachable(cost)
-        self._num_before = progress.num_counted
-        self._started = time.monotonic()
+        self._pace_from: tuple[float, int] | None = (
+            None  # the first result here: workers take a while to start
+        )
         self._last_line = -math.inf
         self._console = console or Console(stderr=True)
         self._live = Live(
@@ -69,6 +70,8 @@ class SearchView:
 
     def update(self) -> None:
         """A trial has finished."""
+        if self._pace_from is None:
+            self._pace_from = time.monotonic(), self._progress.num_counted
         if self._console.is_terminal or time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
@@ -112,10 +115,11 @@ class SearchView:
     def seconds_left(self) -> float | None:
         """Until the first budget that can be foreseen is spent; None before anything is known."""
         candidates = []
-        num_here = self._progress.num_counted - self._num_before
-        if self._budget.num_evaluations is not None and num_here:
-            pace = (time.monotonic() - self._started) / num_here
-            candidates.append(pace * (self._budget.num_evaluations - self._progress.num_counted))
+        num_counted = self._progress.num_counted
+        since, num_before = self._pace_from or (0.0, num_counted)
+        if self._budget.num_evaluations is not None and num_counted > num_before:
+            pace = (time.monotonic() - since) / (num_counted - num_before)
+            candidates.append(pace * (self._budget.num_evaluations - num_counted))
         if self._budget.seconds is not None:
             candidates.append(max(0.0, self._budget.seconds - self._progress.elapsed_s))
         return min(candidates, default=None)
