@@ -193,6 +193,12 @@ def problem(config: ConfigSchema, quantities: Mapping[str, CheapQuantity]) -> Se
 
 def budget(config: ConfigSchema) -> Budget:
     search = config.search
+    if search.max_hours is not None and not search.max_hours > 0:
+        raise ConfigurationError(f"search.max_hours must be positive, got {search.max_hours}")
+    if search.num_evaluations is search.max_hours is search.plateau is None:
+        raise ConfigurationError(
+            "set search.num_evaluations, search.max_hours or search.plateau: nothing ends the search"
+        )
     return Budget(
         num_evaluations=search.num_evaluations,
         seconds=None if search.max_hours is None else 3600 * search.max_hours,

@@ -107,6 +107,8 @@ def test_full_scale_steps_on_a_few_images() -> None:
         ("search.num_evaluations=null", "a search needs a budget"),
         ("search.max_hours=-1", "the budget seconds must be positive, got -3600"),
         ("search.max_failures=0", "search.max_failures must be at least 1"),
+        ("search.max_hours=-1", "search.max_hours must be positive, got -1"),
+        ("search.num_evaluations=null", "set search.num_evaluations, search.max_hours or search.plateau"),
         (
             "search.constraints=[{name:latency_ms,upper:3,lower:9}]",
             "its lower bound 9 is above its upper bound 3",
