@@ -5,7 +5,6 @@ hypervolume curves and all fronts in one plot.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def main() -> None:
         histories = read_runs(arguments.runs)
         reference = common_reference(histories)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
     accuracy, cost = (objective.name for objective in histories[0].objectives[:2])
     print(summary(histories, reference).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nbest {accuracy} within {cost}, * the search that wins there")

@@ -141,6 +141,6 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
             [sys.executable, "pipelines/compare.py", *map(str, paths)],
             capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
         )  # fmt: skip
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert message in result.stderr
         assert "Traceback" not in result.stderr
