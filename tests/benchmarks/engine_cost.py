@@ -62,12 +62,14 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=5000)
     parser.add_argument("--block", type=int, default=500)
+    parser.add_argument("--workers", type=int, default=2, help="of the trials that take no time")
     parser.add_argument("--log", nargs="+", default=["all", "front"], choices=["all", "front", "none"])
     arguments = parser.parse_args()
     print(f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, Ray {ray.__version__}")
     for trials in arguments.log:
-        print(f"\ntrials logged: {trials}\n{'trials':>12} {'driver ms':>10} {'wall ms':>8}")
-        stamps, startup_s = search(arguments.trials, 1, Sleeper(0.0), trials)
+        print(f"\n{arguments.workers} workers, trials logged: {trials}")
+        print(f"{'trials':>12} {'driver ms':>10} {'wall ms':>8}")
+        stamps, startup_s = search(arguments.trials, arguments.workers, Sleeper(0.0), trials)
         first = 0
         for last in range(min(arguments.block, len(stamps) - 1), len(stamps), arguments.block):
             count = last - first

@@ -1,6 +1,6 @@
 """How fast each sampler finds the front, replayed on a table that holds every vector's values.
 
-    python tests/benchmarks/samplers.py
+    python -m tests.benchmarks.samplers --plot samplers.png
 
 For every sampler and seed a search runs one vector at a time; hypervolume is stated as a share of
 that of the whole space's front. The paper's search looks for the most accurate vector in a band of
