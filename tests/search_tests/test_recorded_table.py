@@ -17,12 +17,9 @@ def test_the_table_holds_the_whole_space() -> None:
 
 
 def test_nsga2_finds_the_front_with_a_fraction_of_what_random_takes() -> None:
-    shares = {
-        name: np.median(
-            [run(name, seed, table=TABLE, population=8, num_evaluations=60) for seed in range(3)], axis=0
-        )
-        for name in ("nsga2", "random")
-    }
-    assert (np.diff(shares["nsga2"]) >= 0).all()
-    assert shares["nsga2"][-1] > 0.97
-    assert shares["nsga2"][-1] > shares["random"][-1]
+    ours, chance = (
+        run(name, 0, table=TABLE, population=8, num_evaluations=40) for name in ("nsga2", "random")
+    )
+    assert (np.diff(ours) >= 0).all()
+    assert ours[-1] > 0.97
+    assert ours[-1] > chance[-1]
