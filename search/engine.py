@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 CONNECTION_TIMEOUT_S = 5.0
 NUM_STARTING = 4
 MAX_LOSSES = 20  # of nodes under one trial; the cluster takes a while to notice that one is gone
+MAX_REMEMBERED = 20  # trials of which Tune knows
 LOST_NODE = "its node has died"
 
 
@@ -288,10 +289,18 @@ class StudySearcher(Searcher):
 
 
 class _InOrder(FIFOScheduler):
-    """Trials start as they come. Tune does that by itself; its own scheduler looks through all of them."""
+    """Trials start as they come, and are forgotten when they are finished: the study has them.
+
+    Otherwise Tune looks through all that it ever had, twice per trial.
+    """
 
     def choose_trial_to_run(self, tune_controller: Any) -> None:
-        return None
+        """Tune starts what is pending by itself."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        trials = tune_controller.get_trials()
+        if len(trials) > MAX_REMEMBERED:
+            trials[:] = [known for known in trials if not known.is_finished()]
 
 
 class _TellLostWorkers(Callback):

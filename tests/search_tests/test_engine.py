@@ -11,8 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.encoding import vector_of
 from search.engine import EngineConfig, check_cluster
+from search.space import Vector
 from search.study import REASON, counted_trials, read_study
-from sparsevit.sparsity import SparsityVector
 from tests.ray_cluster import ROOT, wait_until
 from tests.search_tests.evaluators import (
     GIVES_NAN,
@@ -83,7 +83,7 @@ def num_finished(folder: Path) -> int:
     return len(counted_trials(read_study(journal))) if journal.is_file() else 0
 
 
-def vectors_and_front(folder: Path) -> tuple[set[SparsityVector | None], set[tuple[float, ...]]]:
+def vectors_and_front(folder: Path) -> tuple[set[Vector | None], set[tuple[float, ...]]]:
     study = read_study(folder / "study.journal")
     vectors = {vector_of(trial, SPACE) for trial in counted_trials(study)}
     return vectors, {tuple(trial.values) for trial in study.best_trials}
