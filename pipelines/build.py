@@ -1,6 +1,7 @@
 """Configuration to objects: the only place that knows both."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipelines.errors import ConfigurationError
 from pipelines.schema import ConfigSchema, TrainingSchema
 from pipelines.search_log import TRIALS
 from search.dispatch import Budget
-from search.engine import EngineConfig, check_cluster
+from search.engine import EngineConfig
 from search.problem import CheapQuantity, Constraint, Objective, SearchProblem
 from search.samplers import SAMPLERS, SamplerConfig, create_sampler
 from search.selection import RULES
@@ -40,13 +41,24 @@ def check(config: ConfigSchema) -> None:
         ValueError: naming the value, the bound and the remedy.
     """
     space(config)
+    for name, seed in (("seed", config.seed), ("search.seed", config.search.seed)):
+        if not 0 <= seed < 2**32:
+            raise ConfigurationError(f"{name} must be between 0 and 2**32 - 1, got {seed}")
+    for name, bound in (
+        ("search.latency_budget_ms", config.search.latency_budget_ms),
+        ("finetune.latency_budget_ms", config.finetune.latency_budget_ms),
+    ):
+        if bound is not None and not 0 < bound < math.inf:
+            raise ConfigurationError(f"{name} must be positive and finite, got {bound:g}")
+    drop = config.finetune.max_accuracy_drop
+    if not 0 <= drop < math.inf:
+        raise ConfigurationError(f"finetune.max_accuracy_drop must be finite and at least 0, got {drop}")
     for stage in (config.train, config.adapt, config.finetune):
         training(stage, num_images=stage.batch_size)
     sampling_law(config.adapt.law)
     check_precision(config.evaluation.precision)
     calibration(config)
     engine(config)
-    check_cluster(config.cluster.address)
     _one_of("sampler.name", config.sampler.name, tuple(SAMPLERS))
     _one_of("finetune.rule", config.finetune.rule, RULES)
     _one_of("tracking.trials", config.tracking.trials, TRIALS)
@@ -162,6 +174,13 @@ def calibration(config: ConfigSchema) -> CalibrationConfig:
 def engine(config: ConfigSchema) -> EngineConfig:
     fields = plain(config.cluster)
     cluster = EngineConfig(**fields)
+    is_here = cluster.address is None and "RAY_ADDRESS" not in os.environ
+    num_gpus = torch.cuda.device_count()
+    if is_here and cluster.gpus_per_worker > num_gpus:
+        raise ConfigurationError(
+            f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}, but torch finds {num_gpus} CUDA devices "
+            "here; use at most so many, 0 for none"
+        )
     if cluster.gpus_per_worker == 0 and device(config).type == "cuda":
         return replace(cluster, gpus_per_worker=1 / (cluster.num_workers or 1))
     return cluster
@@ -193,8 +212,8 @@ def problem(config: ConfigSchema, quantities: Mapping[str, CheapQuantity]) -> Se
 
 def budget(config: ConfigSchema) -> Budget:
     search = config.search
-    if search.max_hours is not None and not search.max_hours > 0:
-        raise ConfigurationError(f"search.max_hours must be positive, got {search.max_hours}")
+    if search.max_hours is not None and not 0 < search.max_hours < math.inf:
+        raise ConfigurationError(f"search.max_hours must be positive and finite, got {search.max_hours}")
     if search.num_evaluations is search.max_hours is search.plateau is None:
         raise ConfigurationError(
             "set search.num_evaluations, search.max_hours or search.plateau: nothing ends the search"
@@ -209,10 +228,7 @@ def budget(config: ConfigSchema) -> Budget:
 
 
 def sampler(config: ConfigSchema) -> SamplerConfig:
-    fields = plain(config.sampler)
-    if fields["num_parents"] is None:
-        fields["num_parents"] = max(2, config.sampler.population_size // 4)
-    return SamplerConfig(seed=config.search.seed, **fields)
+    return SamplerConfig(seed=config.search.seed, **plain(config.sampler))
 
 
 def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, CocoInstances, CocoInstances]:

@@ -37,7 +37,10 @@ def main() -> None:
     print(summary(histories, reference).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nbest {accuracy} within {cost}, * the search that wins there")
     print(levels(histories, accuracy, cost).to_string(index=False))
-    write_page(arguments.output, histories, reference, accuracy, cost)
+    try:
+        write_page(arguments.output, histories, reference, accuracy, cost)
+    except OSError as error:
+        parser.exit(2, f"error: --output {arguments.output} cannot be written: {error.strerror}\n")
     print(f"\npage: {arguments.output}")
 
 

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import signal
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipelines.progress import progress_bar
 
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 SLOW_IMPORTS = ("torch", "sparsevit.tasks", "search.engine", "pipelines.plots", "pipelines.workflow")
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -40,6 +42,7 @@ def main() -> None:
     """Run, and turn bad input into a message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     schema.register()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started here ends with us
     for flag in [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]:
         # argparse takes overrides on one side of a flag only
         sys.argv.remove(flag)
@@ -50,6 +53,8 @@ def main() -> None:
         _exit(f"{error.full_key or error} has no value: set it on the command line")
     except (HydraException, OmegaConfBaseException) as error:
         _exit(_explain(error))
+    except KeyboardInterrupt:
+        _exit("interrupted; what is finished is kept, and the same command goes on", EXIT_INTERRUPTED)
     except RunStopped as error:
         _exit(str(error), status=EXIT_STOPPED)
     except ValueError as error:
@@ -94,7 +99,7 @@ def _explain(error: BaseException) -> str:
     lines = [str(error).strip()]
     cause = error.__cause__ or error.__context__
     while cause is not None:
-        text = str(cause).strip()
+        text = str(cause).partition("\n")[0].strip()  # below it, Hydra's placeholders
         if isinstance(cause, OmegaConfBaseException) and text not in lines[0]:
             lines.append(text)
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):

@@ -11,9 +11,8 @@ from pipelines.artifacts import write_text
 from pipelines.plots import plot_front
 from pipelines.tracking import NoTracker, Tracker
 from search.encoding import vector_of
-from search.problem import SearchProblem
-from search.progress import ELAPSED, SearchProgress
-from search.study import REASON
+from search.problem import ELAPSED, REASON, SearchProblem
+from search.progress import SearchProgress
 
 FRONT_FILE = "front.json"
 FRONT_TABLE = "front.csv"

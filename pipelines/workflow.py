@@ -23,6 +23,7 @@ from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
 from pipelines.stages.search import Search, cheap_quantities
 from pipelines.stages.train import Train
 from pipelines.tracking import PARENT, NoTracker, Tracker
+from search.engine import check_cluster
 from search.problem import Constraint
 from sparsevit import __version__
 
@@ -45,6 +46,9 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     output = Path(config.output) / config.experiment
     run = Run(config, ArtifactStore(output / "stages"), NoTracker())
     keys = stage_keys(run, stages)
+    if "search" in keys:
+        check_cluster(config.cluster.address)
+        Search().check_storage(run, keys)
     if config.search.dry_run:
         print_plan(run, stages, keys)
         return {}

@@ -13,10 +13,10 @@ from optuna import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.encoding import decode
-from search.problem import SearchProblem
-from search.progress import ELAPSED, SearchProgress
+from search.problem import ELAPSED, NOTES, REASON, WORKER, SearchProblem
+from search.progress import SearchProgress
 from search.space import Vector
-from search.study import REASON, WORKER, close_undrawn, counted_trials, in_flight
+from search.study import close_undrawn, counted_trials, in_flight
 from search.variation import SearchExhausted
 
 OnTrial = Callable[[FrozenTrial, SearchProgress], None]
@@ -33,7 +33,7 @@ class Budget:
         max_failures: trials that failed for good.
 
     Raises:
-        ValueError: if nothing would end the search, or a bound is not positive.
+        ValueError: if nothing would end the search, or a bound is not a positive, finite number.
     """
 
     num_evaluations: int | None = None
@@ -43,12 +43,14 @@ class Budget:
     max_failures: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_evaluations", "seconds", "plateau", "max_failures"):
+        for name in ("num_evaluations", "plateau", "max_failures"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"the budget {name} must be positive, got {value}")
-        if self.plateau_gain < 0:
-            raise ValueError(f"plateau_gain must be at least 0, got {self.plateau_gain}")
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"the budget {name} must be a positive integer, got {value!r}")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"the budget seconds must be positive and finite, got {self.seconds}")
+        if not 0 <= self.plateau_gain < math.inf:
+            raise ValueError(f"plateau_gain must be finite and at least 0, got {self.plateau_gain}")
         if self.num_evaluations is None and self.seconds is None and self.plateau is None:
             raise ValueError("a search needs a budget: num_evaluations, seconds or plateau")
 
@@ -95,6 +97,7 @@ class Dispatcher:
         self.budget = budget
         self.progress = SearchProgress(problem)
         self.exhausted: SearchExhausted | None = None
+        self.broken: str | None = None  # why no worker can evaluate anything
         self._batch_size = batch_size
         self._on_trial = on_trial
         self._running: dict[int, Trial] = {}
@@ -126,6 +129,8 @@ class Dispatcher:
     @property
     def stopped_by(self) -> str | None:
         """What has ended the search, in words; None while there is more to do."""
+        if self.broken is not None:
+            return self.broken
         if self._batch_size is not None and (self._running or self._waiting):
             return None  # a batch is never cut
         reached = self.budget.reached(self.progress, batch_size=self._batch_size or 1)
@@ -160,10 +165,14 @@ class Dispatcher:
             KeyError: if the trial is not running.
         """
         trial = self._running[number]
-        known = {**self.problem.measure(self.vector_of(trial)), **values}
+        known = {**values, **self.problem.measure(self.vector_of(trial))}
         missing = [name for name in self.problem.needed if name not in known]
         if missing:
             self.fail(number, f"the evaluation gave {sorted(values)}, but not {', '.join(missing)}")
+            return
+        taken = sorted({*NOTES, *self.problem.quantities} & {*values})
+        if taken:
+            self.fail(number, f"the evaluation gave {', '.join(taken)}, which has that name already")
             return
         for name, value in known.items():
             trial.set_user_attr(name, value)
@@ -178,6 +187,10 @@ class Dispatcher:
     def requeue(self, number: int) -> None:
         """Hand a running trial out again, next: where it ran is gone, through no fault of its own."""
         self._waiting.appendleft(self._running.pop(number))
+
+    def stop(self, reason: str) -> None:
+        """Hand out nothing more; what runs stays in flight, to be evaluated by the next process."""
+        self.broken = reason
 
     def fail(self, number: int, reason: str) -> None:
         """Record that a running trial has failed for good."""

@@ -9,9 +9,12 @@ import json
 import logging
 import math
 import os
+import re
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from search.dispatch import Dispatcher
-from search.evaluator import EvaluatorFactory
+from search.evaluator import Evaluator, EvaluatorFactory, as_numbers
 from search.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -69,12 +72,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, lowest in (("num_workers", 1), ("num_retries", 0), ("object_store_mib", 76)):
             value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"cluster.{name} must be at least {lowest}, got {value}")
+            if value is not None and not (isinstance(value, int) and value >= lowest):
+                raise ValueError(f"cluster.{name} must be an integer, at least {lowest}, got {value!r}")
         for name in ("cpus_per_worker", "gpus_per_worker"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"cluster.{name} must be at least 0, got {getattr(self, name)}")
-        if self.trial_timeout_s is not None and not self.trial_timeout_s > 0:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"cluster.{name} must be finite and at least 0, got {getattr(self, name)}")
+        if self.trial_timeout_s is not None and not 0 < self.trial_timeout_s < math.inf:
             raise ValueError(f"cluster.trial_timeout_s must be positive, got {self.trial_timeout_s}")
         if self.num_workers is None and self.address is None and "RAY_ADDRESS" not in os.environ:
             raise ValueError("cluster.num_workers=null needs a cluster: set cluster.address or RAY_ADDRESS")
@@ -95,6 +98,10 @@ def run_search(
 
     Returns:
         What ended the search, in words.
+
+    Raises:
+        ValueError: if no cluster is there, a trial has no room on it, or no worker can build the
+            evaluator.
     """
     if dispatcher.stopped_by is not None:
         return dispatcher.stopped_by
@@ -104,6 +111,7 @@ def run_search(
     owns_ray = not ray.is_initialized()
     start_ray(config)
     try:
+        _require_room(config)
         with tempfile.TemporaryDirectory(prefix="sparsevit-tune-") as scratch:
             trainable = tune.with_resources(
                 tune.with_parameters(
@@ -137,6 +145,8 @@ def run_search(
     finally:
         if owns_ray:
             ray.shutdown()
+    if dispatcher.broken is not None:
+        raise ValueError(dispatcher.broken)
     if dispatcher.stopped_by is None:
         raise RuntimeError("Ray Tune stopped before the search was finished: run again to go on")
     return dispatcher.stopped_by
@@ -149,34 +159,71 @@ def check_cluster(address: str | None) -> None:
         ValueError: naming the address and how to start a cluster.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address or address in ("auto", "local"):
+    if not address or address == "local" or ray.is_initialized():
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECTION_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
+        if address == "auto":
+            _connect(address)
+            ray.shutdown()
+        else:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECTION_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError
         raise ValueError(
-            f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, or run "
-            "on this machine with cluster=local"
+            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}): start one with "
+            "`ray start --head`, or run on this machine with cluster=local"
         ) from None
 
 
 def start_ray(config: EngineConfig) -> None:
-    """Join the cluster that is named, or start Ray on this machine."""
+    """Join the cluster that is named, or start Ray on this machine.
+
+    Raises:
+        ValueError: if there is no cluster of that name.
+    """
     if ray.is_initialized():
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        check_cluster(address)
+        _connect(address)
         return
     num_workers = config.num_workers or 1
-    ray.init(
+    _connect(
+        "local",  # whatever else runs on this machine
         num_cpus=max(1, math.ceil(num_workers * config.cpus_per_worker)),
         object_store_memory=config.object_store_mib * 2**20,
         include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
     )
+
+
+def _connect(address: str, **options: Any) -> None:
+    """`ray.init`, quietly; who handled SIGTERM before still does."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _require_room(config: EngineConfig) -> None:
+    """A trial that fits on no node would wait for ever, and look as if it ran.
+
+    Raises:
+        ValueError: on this machine; a cluster may yet grow, so there it is a warning.
+    """
+    needed = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive]
+    if any(all(node.get(name, 0) >= number for name, number in needed.items()) for node in nodes):
+        return
+    offers = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    text = (
+        f"no node has room for a trial with cluster.cpus_per_worker={config.cpus_per_worker:g} and "
+        f"cluster.gpus_per_worker={config.gpus_per_worker:g}: the nodes have {offers}"
+    )
+    if len(nodes) == 1 and config.address is None and "RAY_ADDRESS" not in os.environ:
+        raise ValueError(text)
+    logger.warning("%s; trials wait for a larger one", text)
 
 
 class VectorTrial(tune.Trainable):
@@ -190,7 +237,8 @@ class VectorTrial(tune.Trainable):
         sample_budget: int | None,
         config: EngineConfig,
     ) -> None:
-        self._evaluate = factory()
+        self._factory = factory
+        self._evaluate: Evaluator | None = None
         self._space = space
         self._sample_budget = sample_budget
         self._num_attempts = 1 + config.num_retries
@@ -204,19 +252,19 @@ class VectorTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Score the vector. An exception is retried here, where the model is already loaded."""
         vector = self._space.canonicalize(self.config["values"])
-        reason = ""
+        failure: dict[str, Any] = {}
         for _ in range(self._num_attempts):
             try:
-                values = self._watched(vector)
+                if self._evaluate is None:
+                    self._evaluate = self._factory()
+                values = as_numbers(self._watched(self._evaluate, vector))
             except Exception as error:  # noqa: BLE001  (whatever a user's evaluator raises is recorded)
                 reason = f"{type(error).__name__}: {error}"
+                failure = {"failure": reason, "is_built": self._evaluate is not None}
                 continue
-            broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-            if not broken:
-                outcome = {"values": values, "worker": self._name}
-                return {"outcome": json.dumps(outcome), "done": True}
-            reason = f"the evaluation gave {broken}"
-        return {"outcome": json.dumps({"failure": reason}), "done": True}
+            outcome = {"values": values, "worker": self._name}
+            return {"outcome": json.dumps(outcome), "done": True}
+        return {"outcome": json.dumps(failure), "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save: a trial is one step."""
@@ -224,13 +272,13 @@ class VectorTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load."""
 
-    def _watched(self, vector: Any) -> dict[str, float]:
+    def _watched(self, evaluate: Evaluator, vector: Any) -> Any:
         """Evaluate; after the timeout a thread outside Python ends this process, whatever it is doing."""
         if self._timeout_s is None:
-            return dict(self._evaluate(vector, self._sample_budget))
+            return evaluate(vector, self._sample_budget)
         faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.stderr.fileno())
         try:
-            return dict(self._evaluate(vector, self._sample_budget))
+            return evaluate(vector, self._sample_budget)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -243,6 +291,7 @@ class StudySearcher(Searcher):
         self._dispatcher = dispatcher
         self._numbers: dict[str, int] = {}  # Tune's name of a trial to its number in the study
         self._num_losses: Counter[int] = Counter()
+        self._has_result = False
 
     def suggest(  # type: ignore[override]  # Searcher.FINISHED is a string
         self, trial_id: str
@@ -260,8 +309,12 @@ class StudySearcher(Searcher):
             return  # the worker is lost; _TellLostWorkers has the reason
         outcome = json.loads(result["outcome"])  # a string, because Tune flattens nested results
         if "failure" in outcome:
-            self.fail(trial_id, outcome["failure"])
+            if outcome["is_built"] or self._has_result:
+                self.fail(trial_id, outcome["failure"])
+            else:
+                self._dispatcher.stop(f"the evaluator cannot be built: {outcome['failure']}")
         else:
+            self._has_result = True
             self._dispatcher.tell(self._numbers.pop(trial_id), outcome["values"], outcome["worker"])
 
     def fail(self, trial_id: str, reason: str) -> None:
@@ -318,9 +371,7 @@ class _TellLostWorkers(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         elapsed_s = time.monotonic() - self._started.pop(trial.trial_id, math.inf)
         error = _error_of(trial)
-        reason = (
-            "the worker was lost" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
-        )
+        reason = "the worker was lost" if error is None else _in_one_line(error)
         # Tune gives up at once where a worker dies between two trials.
         is_early = isinstance(error, RayActorError) and trial.num_failures <= self._num_retries
         if isinstance(error, ActorUnavailableError) or LOST_NODE in str(error) or is_early:
@@ -333,6 +384,12 @@ class _TellLostWorkers(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """As the searcher: nothing to keep."""
         return {}
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Ray's errors are pages: the first line says what, the last one why."""
+    lines = re.sub(r"\x1b\[\d+m", "", f"{type(error).__name__}: {error}").strip().splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0].strip()} … {lines[-1].strip()}"
 
 
 def _error_of(trial: Any) -> BaseException | None:

@@ -1,5 +1,7 @@
 """A whole search in one call."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,8 +11,10 @@ from search.evaluator import EvaluatorFactory
 from search.pareto import ParetoFront
 from search.problem import SearchProblem
 from search.samplers import SamplerConfig, create_sampler
-from search.space import Vector
+from search.space import Vector, validate
 from search.study import enqueue, open_study
+
+logger = logging.getLogger(__name__)
 
 
 def find_front(
@@ -28,7 +32,8 @@ def find_front(
 ) -> ParetoFront:
     """Search until the budget is spent, and return the front.
 
-    Called again with the same study it goes on: nothing finished is evaluated twice.
+    Called again with the same study it goes on: nothing finished is evaluated twice. Trials that failed
+    are logged as a warning, by reason, and so is a front that stays empty.
 
     Args:
         factory: builds the evaluator in every worker; it must be picklable, so a function or class of
@@ -41,16 +46,26 @@ def find_front(
         on_trial: called for every finished trial.
 
     Raises:
-        ValueError: for bad input, before any work: what no vector can meet, a study of something else.
+        ValueError: for bad input, before any work: constraints that no vector meets, a vector that the
+            space does not hold, a study of something else; or if no worker can build the evaluator.
     """
     problem.require_feasible()
+    beginning = [validate(vector, problem.space) for vector in first]
     config = sampler or SamplerConfig()
     proposer = create_sampler(problem, config)
     with open_study(Path(study), problem, proposer) as opened:
-        enqueue(opened, [*first, *proposer.first_vectors()], problem.space)
+        enqueue(opened, [*beginning, *proposer.first_vectors()], problem.space)
         dispatcher = Dispatcher(
             opened, problem, budget, on_trial=on_trial,
             batch_size=config.population_size if deterministic else None,
         )  # fmt: skip
-        run_search(dispatcher, factory, engine or EngineConfig(), sample_budget=sample_budget)
-    return dispatcher.progress.front
+        stopped_by = run_search(dispatcher, factory, engine or EngineConfig(), sample_budget=sample_budget)
+    progress = dispatcher.progress
+    for reason, count in Counter(progress.failures).items():
+        logger.warning("%d trials failed: %s", count, reason)
+    if not progress.front.members:
+        logger.warning(
+            "the front is empty (%s): %d trials failed, %d break a constraint (%s)",
+            stopped_by, len(progress.failures), progress.num_infeasible, problem.described_constraints,
+        )  # fmt: skip
+    return progress.front

@@ -8,8 +8,8 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from search.pareto import FrontMember, ParetoFront
-from search.problem import Objective
-from search.study import REASON, WORKER, counted_trials, read_study
+from search.problem import NOTES, Objective
+from search.study import counted_trials, read_study
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class SearchHistory:
         for trial in counted_trials(study):
             is_feasible = all(violation <= 0 for violation in trial.constraints.values())
             if trial.state == TrialState.COMPLETE and is_feasible:
-                notes = (REASON, WORKER)
-                values = {key: value for key, value in trial.user_attrs.items() if key not in notes}
+                values = {key: value for key, value in trial.user_attrs.items() if key not in NOTES}
                 trials.append(FrontMember(tuple(trial.params.values()), values))
             else:
                 trials.append(None)

@@ -14,6 +14,8 @@ from search.variation import uniform_vector
 CheapQuantity = Callable[[Any], float]
 """A quantity of a vector that costs next to nothing, such as predicted latency."""
 NUM_PROBES = 2000
+REASON, WORKER, ELAPSED = NOTES = ("reason", "worker", "elapsed_s")
+"""What the study notes of a trial beside its quantities."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Objective:
             raise ValueError(
                 f"direction of objective {self.name!r} must be maximize or minimize, got {self.direction!r}"
             )
+        if self.reference is not None and not math.isfinite(self.reference):
+            raise ValueError(f"the reference of objective {self.name!r} must be finite, got {self.reference}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Constraint:
     """Bounds of a quantity, inclusive.
 
     Raises:
-        ValueError: if no number lies between the bounds.
+        ValueError: if a bound is not a number, or none lies between them.
     """
 
     name: str
@@ -49,7 +53,10 @@ class Constraint:
     lower: float = -math.inf
 
     def __post_init__(self) -> None:
-        if not self.lower <= self.upper:
+        for bound in (self.lower, self.upper):
+            if not isinstance(bound, float | int) or math.isnan(bound):
+                raise ValueError(f"a bound of the constraint on {self.name!r} is {bound!r}, not a number")
+        if self.lower > self.upper:
             raise ValueError(
                 f"the constraint on {self.name!r} is empty: its lower bound {self.lower:g} is above its "
                 f"upper bound {self.upper:g}"
@@ -62,7 +69,7 @@ class Constraint:
     def __str__(self) -> str:
         bounds = [
             text
-            for text, bound in ((f"≥ {self.lower:g}", self.lower), (f"≤ {self.upper:g}", self.upper))
+            for text, bound in ((f"≥ {self.lower:.12g}", self.lower), (f"≤ {self.upper:.12g}", self.upper))
             if math.isfinite(bound)
         ]
         return f"{self.name} {' and '.join(bounds) or 'anything'}"
@@ -83,7 +90,7 @@ class SearchProblem:
 
     Raises:
         ValueError: if an objective or a constraint names a quantity that nothing gives, a name is
-            given twice, or there is no objective.
+            given twice or is one of `NOTES`, constraints contradict each other, or there is no objective.
     """
 
     space: SearchSpace
@@ -94,6 +101,9 @@ class SearchProblem:
 
     def __post_init__(self) -> None:
         known = sorted({*self.quantities, *self.evaluated})
+        for name in NOTES:
+            if name in known:
+                raise ValueError(f"the quantity {name!r} needs another name: a study notes it of every trial")
         if not self.objectives:
             raise ValueError(f"a search needs an objective; the quantities are {known}")
         names = [objective.name for objective in self.objectives]
@@ -113,20 +123,27 @@ class SearchProblem:
                 raise ValueError(
                     f"the constraint on {constraint.name!r} can never be checked: the quantities are {known}"
                 )
+            for other in self.constraints:
+                if other.name == constraint.name and other.upper < constraint.lower:
+                    raise ValueError(f"the constraints {constraint} and {other} contradict each other")
 
     def measure(self, vector: Vector) -> dict[str, float]:
-        """The cheap quantities of a vector."""
-        return {name: quantity(vector) for name, quantity in self.quantities.items()}
+        """The cheap quantities of a vector.
+
+        Raises:
+            ValueError: if one of them is no finite number.
+        """
+        return {name: self._quantity(name, vector) for name in self.quantities}
 
     def admits(self, vector: Vector) -> bool:
         """Whether the cheap constraints allow a vector."""
         return not any(
-            constraint.violation(self.quantities[constraint.name](vector)) for constraint in self._cheap
+            constraint.violation(self._quantity(constraint.name, vector)) for constraint in self._cheap
         )
 
     def reachable(self, quantity: str) -> tuple[float, float]:
         """The smallest and largest value of a cheap quantity, from the ends of the space and a sample."""
-        values = [self.quantities[quantity](vector) for vector in self._probes()]
+        values = [self._quantity(quantity, vector) for vector in self._probes()]
         return min(values), max(values)
 
     @cached_property
@@ -143,11 +160,13 @@ class SearchProblem:
         return corner
 
     def require_feasible(self) -> None:
-        """Check that some vector meets every cheap constraint.
+        """Check that cheap quantities are numbers, and that some vector meets each constraint on them.
 
         Raises:
-            ValueError: naming the constraint and the reachable range.
+            ValueError: naming the quantity and its value, or the constraint and the reachable range.
         """
+        for vector in self._probes():
+            self.measure(vector)
         for constraint in self._cheap:
             low, high = self.reachable(constraint.name)
             if low > constraint.upper or high < constraint.lower:
@@ -172,6 +191,16 @@ class SearchProblem:
     @property
     def _cheap(self) -> list[Constraint]:
         return [constraint for constraint in self.constraints if constraint.name in self.quantities]
+
+    def _quantity(self, name: str, vector: Vector) -> float:
+        value = self.quantities[name](vector)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"the quantity {name!r} of {list(vector)} is {value!r}, not a finite number")
+        return number
 
     def _probes(self) -> list[Vector]:
         rng = np.random.default_rng(0)

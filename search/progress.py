@@ -8,10 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.encoding import vector_of
 from search.pareto import FrontMember, ParetoFront
-from search.problem import SearchProblem
-from search.study import REASON, WORKER
-
-ELAPSED = "elapsed_s"
+from search.problem import NOTES, REASON, SearchProblem
 
 
 @dataclass
@@ -52,7 +49,7 @@ class SearchProgress:
     def add(self, trial: FrozenTrial) -> None:
         """Count a finished trial."""
         if trial.state != TrialState.COMPLETE:
-            self.failures.append(str(trial.user_attrs[REASON]))
+            self.failures.append(str(trial.user_attrs.get(REASON, "no reason is recorded")))
             self.hypervolumes.append(self.hypervolume)
             return
         self.num_complete += 1
@@ -81,8 +78,7 @@ def member_of(trial: FrozenTrial, problem: SearchProblem) -> FrontMember | None:
     vector = vector_of(trial, problem.space)
     if vector is None or any(violation > 0 for violation in trial.constraints.values()):
         return None
-    notes = (REASON, WORKER, ELAPSED)
-    values = {name: value for name, value in trial.user_attrs.items() if name not in notes}
+    values = {name: value for name, value in trial.user_attrs.items() if name not in NOTES}
     return FrontMember(vector, values)
 
 

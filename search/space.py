@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -65,9 +65,13 @@ class GeneSpace:
     def __post_init__(self) -> None:
         if not self.choices:
             raise ValueError("a space needs at least one gene")
-        for name, values in self.choices.items():
-            if not values or any(a >= b for a, b in itertools.pairwise(values)):
-                raise ValueError(f"the choices of gene {name!r} must be increasing, got {list(values)}")
+        choices = {name: tuple(map(_plain_number, values)) for name, values in self.choices.items()}
+        for name, values in choices.items():
+            if not values or not all(a < b for a, b in itertools.pairwise((-math.inf, *values, math.inf))):
+                raise ValueError(
+                    f"the choices of gene {name!r} must be finite and increasing, got {list(values)}"
+                )
+        object.__setattr__(self, "choices", choices)
         object.__setattr__(self, "group_sizes", self._sizes_of_groups())
 
     @property
@@ -98,6 +102,8 @@ class GeneSpace:
         names = list(self.choices)
         starts: dict[int, int] = {}
         for group in self.ordered:
+            if isinstance(group, str):
+                raise ValueError(f"ordered is a list of groups of genes, but {group!r} is no group: [[…], …]")
             if not group or group[0] not in names:
                 raise ValueError(f"the ordered group {list(group)} names no gene; the genes are {names}")
             first = names.index(group[0])
@@ -113,6 +119,12 @@ class GeneSpace:
         if starts:
             raise ValueError(f"the ordered groups overlap: {[list(group) for group in self.ordered]}")
         return tuple(sizes)
+
+
+def _plain_number(value: Any) -> float:
+    """NumPy's scalars as Python's, which a study can hold."""
+    number: float = value.item() if hasattr(value, "item") else value
+    return number
 
 
 def split(values: tuple[float, ...], group_sizes: Sequence[int]) -> list[tuple[float, ...]]:

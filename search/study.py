@@ -8,7 +8,7 @@ opening. A trial that was in flight stays so in the study; `in_flight` finds it 
 import json
 import os
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,33 +24,36 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.encoding import encode, vector_of
-from search.problem import SearchProblem
+from search.problem import REASON, SearchProblem
 from search.space import SearchSpace, Vector
 from search.variation import SearchExhausted
 
 STUDY_NAME = "sparsity"
-REASON = "reason"
-WORKER = "worker"
 INTERRUPTED = "interrupted before its vector was drawn"
 IDENTITY = "search"
 
 
 @contextmanager
 def open_study(
-    path: Path, problem: SearchProblem, sampler: BaseSampler, *, experiment: str = "search"
+    path: Path, problem: SearchProblem, sampler: BaseSampler, *, about: Mapping[str, Any] | None = None
 ) -> Iterator[Study]:
     """Create the study, or open it as the last process left it; no other process can until it is closed.
 
+    Args:
+        about: what else its results are a function of, by name, as JSON-like values: the model, the
+            images, … A study that was opened with other values is refused.
+
     Raises:
-        ValueError: if another process has it open, it cannot be written, or it was made for another
-            experiment, space, objectives or constraints.
+        ValueError: if another process has it open, it is damaged or cannot be written, or it was made
+            for another space, other objectives or constraints, or is about something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lock = _lock(path)
     try:
-        _mend_journal(path)
-        study = _create_or_load(path, problem, sampler)
-        _identify(study, path, problem, experiment)
+        with _naming_damage(path):
+            _mend_journal(path)
+            study = _create_or_load(path, problem, sampler)
+        _identify(study, path, _identity(problem, about or {}))
         yield study
     finally:
         lock.release()
@@ -64,7 +67,11 @@ def read_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise ValueError(f"there is no study at {path}")
-    return optuna.load_study(study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(path))))
+    with _naming_damage(path):
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        if STUDY_NAME in optuna.get_all_study_names(storage):
+            return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    raise ValueError(f"{path} holds no study of this package")
 
 
 def in_flight(study: Study, space: SearchSpace) -> list[Trial]:
@@ -141,7 +148,27 @@ class _Journal(JournalStorage):
         return [trial for trial in trials[self._num_begun :] if trial.state == TrialState.WAITING]
 
 
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """What Optuna raises over a journal that it cannot read says neither which nor what to do."""
+    try:
+        yield
+    except _NotOurs:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{path} is damaged or not the journal of a study ({reason}): use another file, or remove it"
+        ) from error
+
+
+class _NotOurs(ValueError):
+    """The file is whole, but not for us."""
+
+
 def _lock(path: Path) -> FileLock:
+    if path.is_dir():
+        raise ValueError(f"the study {path} cannot be written: it is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path.parent).close()
@@ -161,8 +188,11 @@ def _lock(path: Path) -> FileLock:
 
 def _create_or_load(path: Path, problem: SearchProblem, sampler: BaseSampler) -> Study:
     storage = _Journal(JournalFileBackend(str(path)))
-    if STUDY_NAME in optuna.get_all_study_names(storage):
+    names = optuna.get_all_study_names(storage)
+    if STUDY_NAME in names:
         return optuna.load_study(study_name=STUDY_NAME, storage=storage, sampler=sampler)
+    if names:
+        raise _NotOurs(f"{path} holds the study {names[0]!r} of somebody else: use another file")
     return optuna.create_study(
         storage=storage,
         study_name=STUDY_NAME,
@@ -171,28 +201,35 @@ def _create_or_load(path: Path, problem: SearchProblem, sampler: BaseSampler) ->
     )
 
 
-def _identify(study: Study, path: Path, problem: SearchProblem, experiment: str) -> None:
-    """Write into a new study what it is about; compare it with an old one."""
+def _identity(problem: SearchProblem, about: Mapping[str, Any]) -> dict[str, Any]:
     space = problem.space
     identity = {
-        "experiment": experiment,
         "genes": dict(zip(space.gene_names, map(list, space.gene_choices), strict=True)),
         "groups": list(space.group_sizes),
         "objectives": [f"{objective.direction} {objective.name}" for objective in problem.objectives],
         "constraints": [str(constraint) for constraint in problem.constraints],
+        **about,
     }
+    as_read: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read
+
+
+def _identify(study: Study, path: Path, identity: Mapping[str, Any]) -> None:
+    """Write into a new study what it is about; compare it with an old one."""
     known = study.user_attrs.get(IDENTITY)
     if known is None:
+        if study.get_trials(deepcopy=False):
+            raise ValueError(f"{path} holds a study of somebody else: use another file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names([objective.name for objective in problem.objectives])
+            study.set_metric_names([text.split(maxsplit=1)[1] for text in identity["objectives"]])
         study.set_user_attr(IDENTITY, identity)
         return
-    for name, value in identity.items():
-        if known[name] != value:
+    for name in {**known, **identity}:
+        if known.get(name) != identity.get(name):
             raise ValueError(
-                f"{path} holds a study with other {name}: {_compact(known[name])}, not "
-                f"{_compact(value)}; search into another file, or remove this one"
+                f"{path} holds a study with other {name}: {_compact(known.get(name))}, not "
+                f"{_compact(identity.get(name))}; search into another file, or remove this one"
             )
 
 
@@ -206,7 +243,7 @@ def _mend_journal(path: Path) -> None:
         return
     content = path.read_bytes()
     if content and not content.startswith(b'{"op_code"'):
-        raise ValueError(f"{path} is not the journal of a study: use another file")
+        raise _NotOurs(f"{path} is not the journal of a study: use another file")
     complete = content[: content.rfind(b"\n") + 1]
     if len(complete) < len(content):
         with path.open("r+b") as journal:

@@ -45,7 +45,13 @@ def _read(source: str, space: SearchSpace) -> list[tuple[float, ...]]:
         )
     if path.suffix != ".json":
         trials = read_study(path).best_trials
-        return [tuple(vector) for trial in trials if (vector := vector_of(trial, space)) is not None]
+        for trial in trials:
+            if set(trial.params) != set(space.gene_names):
+                raise ValueError(
+                    f"search.warm_start={source}: its genes are {', '.join(trial.params)}, not "
+                    f"{', '.join(space.gene_names)}"
+                )
+        return [tuple(vector_of(trial, space)) for trial in trials]
     try:
         content = json.loads(path.read_text())
         if isinstance(content, dict):

@@ -10,6 +10,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from pipelines import build
+from pipelines.artifacts import content_key
 from pipelines.context import Run
 from pipelines.errors import RunStopped
 from pipelines.evaluation import SupernetEvaluatorFactory
@@ -55,15 +56,22 @@ class Search:
         problem.require_feasible()
         sampler = create_sampler(problem, build.sampler(run.config))
         first = [*warm_start(list(config.warm_start), run.space), *sampler.first_vectors()]
-        with open_study(study_file(run, folder), problem, sampler, experiment=run.config.experiment) as study:
+        keys = {name: run.results[name].key for name in self.needs}
+        with open_study(study_file(run, folder), problem, sampler, about=self.about(run, keys)) as study:
             enqueue(study, first, run.space)  # those that an earlier process enqueued are skipped
             progress, stopped_by = self._search(run, folder, study, problem)
         logger.info("  the search ends: %s", stopped_by)
-        if not progress.front.members or has_too_many_failures(progress, config.max_failures):
+        if has_too_many_failures(progress, config.max_failures):
             raise RunStopped(
                 f"the search stopped: {stopped_by}. Its front so far ({len(progress.front.members)} vectors) "
                 f"is in {folder / FRONT_FILE}; after mending the cause, run again with a larger "
                 "search.max_failures to go on from there"
+            )
+        if not progress.front.members:
+            raise RunStopped(
+                f"the search found no vector ({stopped_by}): {len(progress.failures)} trials failed, "
+                f"{progress.num_infeasible} break a constraint ({problem.described_constraints}). Loosen the "
+                "constraints, or search longer"
             )
         return {
             "num_evaluations": progress.num_counted,
@@ -71,6 +79,36 @@ class Search:
             "num_front_members": len(progress.front.members),
             "final_hypervolume": progress.hypervolume,
         }
+
+    def about(self, run: Run, keys: Mapping[str, str]) -> dict[str, Any]:
+        """What a trial's result and its vector are a function of: a study is about one of these.
+
+        Args:
+            keys: of the stages that the search needs.
+        """
+        depends_on = self.depends_on(run)
+        return {
+            "experiment": run.config.experiment,
+            "supernet": keys["adapt"],
+            "calibration": keys["calibrate"],
+            "images": content_key([depends_on["data"], run.config.search.num_images]),
+            "evaluation": depends_on["evaluation"],
+            "sampler": depends_on["sampler"],
+            "seed": run.config.search.seed,
+        }
+
+    def check_storage(self, run: Run, keys: Mapping[str, str]) -> None:
+        """Open the user's own study, if there is one, and close it again.
+
+        Raises:
+            ValueError: if the search could not go on with it.
+        """
+        path = run.config.search.storage
+        if path is not None and (Path(path).exists() or not run.config.search.dry_run):
+            problem = build.problem(run.config, dict.fromkeys(build.CHEAP_QUANTITIES, lambda vector: 0.0))
+            sampler = create_sampler(problem, build.sampler(run.config))
+            with open_study(Path(path), problem, sampler, about=self.about(run, keys)):
+                logger.info("the search goes into the study %s", path)
 
     def _search(
         self, run: Run, folder: Path, study: Study, problem: SearchProblem

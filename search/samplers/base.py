@@ -30,7 +30,7 @@ class SamplerConfig:
 
     Attributes:
         population_size: vectors of a generation.
-        num_parents: of the next generation (`evolution`).
+        num_parents: of the next generation (`evolution`); None for a quarter of the population.
         crossover_share: of the children; the others are mutants (`nsga2`).
         mutation_probability: per gene (0.1 in SparseViT).
         spread: what random vectors are uniform over: ``space``, ``genes`` (as adaptation draws them)
@@ -41,7 +41,7 @@ class SamplerConfig:
     name: str = "nsga2"
     seed: int = 0
     population_size: int = 50
-    num_parents: int = 25
+    num_parents: int | None = None
     crossover_share: float = 0.5
     mutation_probability: float = 0.1
     spread: str = "space"
@@ -50,7 +50,11 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.population_size < 2:
             raise ValueError(f"sampler.population_size must be at least 2, got {self.population_size}")
-        if not 2 <= self.num_parents <= self.population_size:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"search.seed must be between 0 and 2**32 - 1, got {self.seed}")
+        if self.num_parents is None:
+            object.__setattr__(self, "num_parents", max(2, self.population_size // 4))
+        elif not 2 <= self.num_parents <= self.population_size:
             raise ValueError(
                 f"sampler.num_parents lies between 2 and sampler.population_size, got {self.num_parents} of "
                 f"{self.population_size}"

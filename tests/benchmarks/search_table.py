@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from pipelines.compare import find_journal
 from search.history import SearchHistory
-from search.progress import ELAPSED
+from search.problem import ELAPSED
 from search.study import read_study
 from sparsevit import __version__
 from sparsevit.sparsity import SparsitySpace

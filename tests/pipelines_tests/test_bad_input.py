@@ -17,6 +17,22 @@ def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.address=127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+        ("search.storage=/", "the study / cannot be written: it is a folder"),
+        ("search.storage=/proc/x/study.journal", "the study /proc/x/study.journal cannot be written"),
+    ],
+)
+def test_where_a_search_cannot_run_or_write_it_fails_before_training(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_pipeline(composed(*tiny_run(tmp_path, override, "tracking=none")))
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["+experiment=nothing"], "Available options in 'experiment':\n\tcoco"),

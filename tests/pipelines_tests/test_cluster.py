@@ -13,7 +13,8 @@ import yaml
 from optuna.trial import TrialState
 
 from pipelines.compare import find_journal
-from search.study import WORKER, counted_trials, read_study
+from search.problem import WORKER
+from search.study import counted_trials, read_study
 from tests.pipelines_tests.configuration import tiny_run
 from tests.ray_cluster import BIN, ROOT, Cluster, two_nodes, wait_until
 

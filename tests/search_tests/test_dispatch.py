@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, Trial
@@ -174,7 +175,13 @@ def test_a_result_without_the_objective_is_a_failure(tmp_path: Path) -> None:
         trial = dispatcher.next_trial()
         assert trial is not None
         dispatcher.tell(trial.number, {"accuracy": 0.5})
-        assert dispatcher.progress.failures == ["the evaluation gave ['accuracy'], but not ap"]
+        trial = dispatcher.next_trial()
+        assert trial is not None
+        dispatcher.tell(trial.number, {"ap": 0.5, "latency_ms": 1.0})
+        assert dispatcher.progress.failures == [
+            "the evaluation gave ['accuracy'], but not ap",
+            "the evaluation gave latency_ms, which has that name already",
+        ]
 
 
 def test_progress_is_what_the_finished_trials_give(tmp_path: Path) -> None:
@@ -199,12 +206,14 @@ def test_progress_is_what_the_finished_trials_give(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({}, "a search needs a budget: num_evaluations, seconds or plateau"),
-        ({"num_evaluations": 0}, "the budget num_evaluations must be positive, got 0"),
-        ({"seconds": -1}, "the budget seconds must be positive, got -1"),
+        ({"num_evaluations": 0}, "the budget num_evaluations must be a positive integer, got 0"),
+        ({"num_evaluations": "10"}, "the budget num_evaluations must be a positive integer, got '10'"),
+        ({"plateau": 2.5}, "the budget plateau must be a positive integer, got 2.5"),
+        ({"seconds": -1}, "the budget seconds must be positive and finite, got -1"),
         ({"max_failures": 3}, "a search needs a budget"),
-        ({"plateau": 5, "plateau_gain": -0.1}, "plateau_gain must be at least 0"),
+        ({"plateau": 5, "plateau_gain": -0.1}, "plateau_gain must be finite and at least 0"),
     ],
 )
-def test_a_budget_that_ends_nothing_is_refused(fields: dict[str, int], message: str) -> None:
+def test_a_budget_that_ends_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Budget(**fields)

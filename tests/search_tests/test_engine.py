@@ -11,8 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.encoding import vector_of
 from search.engine import EngineConfig, check_cluster
+from search.problem import REASON
 from search.space import Vector
-from search.study import REASON, counted_trials, read_study
+from search.study import counted_trials, read_study
 from tests.ray_cluster import ROOT, wait_until
 from tests.search_tests.evaluators import (
     GIVES_NAN,
@@ -102,6 +103,21 @@ def test_workers_keep_their_model_and_share_a_gpu(tmp_path: Path) -> None:
     assert set(given) == {"0"}
 
 
+def test_what_no_worker_can_do_stops_the_search_with_its_reason(tmp_path: Path) -> None:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(ValueError, match=r"no node has room .*gpus_per_worker=1: the nodes have 1 CPUs"):
+            search(tmp_path, 5, Logged(tmp_path), num_workers=1, gpus_per_worker=1)
+        with pytest.raises(ValueError, match="cannot be built: FileNotFoundError: .*/nowhere/worker-"):
+            search(tmp_path, 5, Logged(tmp_path / "nowhere"), num_workers=1)
+        assert counted_trials(read_study(tmp_path / "study.journal")) == []  # mended, they are evaluated
+        search(tmp_path, 5, Logged(tmp_path, seconds=0), num_workers=1)
+    finally:
+        ray.shutdown()
+    trials = counted_trials(read_study(tmp_path / "study.journal"))
+    assert [trial.state for trial in trials] == 5 * [TrialState.COMPLETE]
+
+
 def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="no Ray cluster answers at '127.0.0.1:1' .*ray start --head"):
@@ -112,8 +128,9 @@ def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_workers": 0}, "cluster.num_workers must be at least 1, got 0"),
-        ({"num_retries": -1}, "cluster.num_retries must be at least 0, got -1"),
+        ({"num_workers": 0}, "cluster.num_workers must be an integer, at least 1, got 0"),
+        ({"num_workers": 1.5}, "cluster.num_workers must be an integer, at least 1, got 1.5"),
+        ({"num_retries": -1}, "cluster.num_retries must be an integer, at least 0, got -1"),
         ({"trial_timeout_s": 0.0}, "cluster.trial_timeout_s must be positive"),
         ({"num_workers": None}, "cluster.num_workers=null needs a cluster"),
     ],

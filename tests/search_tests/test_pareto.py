@@ -2,7 +2,9 @@
 
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from search import Constraint, FrontMember, Objective, ParetoFront
@@ -108,6 +110,11 @@ def test_infeasible_budget_names_the_reachable_range() -> None:
         ([Objective("map", "maximize")], [], r"nothing gives the objective 'map'; .* \['ap', 'ms'\]"),
         ([LATENCY, Objective("ms", "maximize")], [], "an objective is named twice"),
         ([], [], r"a search needs an objective; the quantities are \['ap', 'ms'\]"),
+        (
+            [LATENCY],
+            [Constraint("ms", upper=7.0), Constraint("ms", lower=8.0)],
+            "the constraints ms ≥ 8 and ms ≤ 7 contradict each other",
+        ),
         ([Objective("ap", "minimize")], [], "'ap' needs a reference: the worst value of interest"),
     ],
 )
@@ -116,6 +123,31 @@ def test_a_problem_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         SearchProblem(SPACE, objectives, {"ms": ms}, ("ap",), constraints)
+
+
+def test_a_name_that_a_study_uses_is_refused() -> None:
+    with pytest.raises(ValueError, match="the quantity 'worker' needs another name"):
+        SearchProblem(SPACE, [LATENCY], {"ms": ms}, ("worker",))
+
+
+@pytest.mark.parametrize("value", [math.nan, "fast", None])
+def test_a_quantity_that_is_no_number_is_named_before_any_work(value: Any) -> None:
+    problem = SearchProblem(SPACE, [LATENCY], {"ms": lambda vector: value})
+    with pytest.raises(ValueError, match=r"the quantity 'ms' of \[0.0\] is .*, not a finite number"):
+        problem.require_feasible()
+
+
+def test_a_quantity_may_be_a_numpy_scalar() -> None:
+    half: Any = np.float32(0.5)
+    problem = SearchProblem(SPACE, [LATENCY], {"ms": lambda vector: half})
+    assert type(problem.measure(SPACE.dense)["ms"]) is float
+
+
+def test_bounds_and_references_are_numbers() -> None:
+    with pytest.raises(ValueError, match="a bound of the constraint on 'ms' is nan, not a number"):
+        Constraint("ms", upper=math.nan)
+    with pytest.raises(ValueError, match="the reference of objective 'ms' must be finite, got nan"):
+        Objective("ms", "minimize", reference=math.nan)
 
 
 def test_an_empty_band_is_refused() -> None:

@@ -1,6 +1,8 @@
 """Spaces: what is legal, how much of it there is, and that draws cover it evenly."""
 
+import json
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,12 +43,21 @@ def test_own_space_orders_its_groups_alone() -> None:
     assert at_level(OWN, 1.0) == (96, 96, 8)
 
 
+def test_choices_may_be_an_array() -> None:
+    widths: Any = np.array([8, 16])
+    space = GeneSpace({"width": widths})
+    assert list(space) == [(8,), (16,)]
+    assert json.dumps(space.gene_choices) == "[[8, 16]]"
+
+
 @pytest.mark.parametrize(
     ("choices", "ordered", "message"),
     [
         ({}, [], "at least one gene"),
-        ({"a": ()}, [], r"choices of gene 'a' must be increasing, got \[\]"),
-        ({"a": (2, 1)}, [], r"must be increasing, got \[2, 1\]"),
+        ({"a": ()}, [], r"choices of gene 'a' must be finite and increasing, got \[\]"),
+        ({"a": (2, 1)}, [], r"must be finite and increasing, got \[2, 1\]"),
+        ({"a": (1, float("nan"), 2)}, [], r"must be finite and increasing, got \[1, nan, 2\]"),
+        ({"a": (1, 2)}, ("a",), "ordered is a list of groups of genes, but 'a' is no group"),
         ({"a": (1, 2)}, [("b",)], "names no gene"),
         ({"a": (1, 2), "b": (1, 2), "c": (1, 2)}, [("a", "c")], "do not follow each other"),
         ({"a": (1, 2), "b": (1, 3)}, [("a", "b")], "different choices"),

@@ -2,17 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from optuna import create_study
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from search.dispatch import Budget, Dispatcher
 from search.encoding import decode, distributions, encode, vector_of
-from search.problem import Constraint, Objective, SearchProblem
+from search.problem import REASON, Constraint, Objective, SearchProblem
 from search.samplers import SamplerConfig, create_sampler
-from search.study import REASON, counted_trials, enqueue, in_flight, open_study, read_study, seen_vectors
+from search.study import counted_trials, enqueue, in_flight, open_study, read_study, seen_vectors
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from tests.search_tests.problems import SPACE, evaluate, problem, run_alone
 
@@ -136,8 +140,8 @@ def test_a_study_of_another_experiment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     run(path, 1)
     with (
-        pytest.raises(ValueError, match='other experiment: "search", not "cityscapes"'),
-        open_study(path, problem(), SAMPLER, experiment="cityscapes"),
+        pytest.raises(ValueError, match='other experiment: null, not "cityscapes"'),
+        open_study(path, problem(), SAMPLER, about={"experiment": "cityscapes"}),
     ):
         raise AssertionError("opened")
 
@@ -149,6 +153,7 @@ def test_what_cannot_be_a_study_is_refused(tmp_path: Path) -> None:
     for path, message in (
         (foreign, "is not the journal of a study"),
         (tmp_path / "file" / "study.journal", "cannot be written"),
+        (tmp_path, "cannot be written: it is a folder; name a file"),
         (Path("/proc/study.journal"), "cannot be written"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -156,6 +161,35 @@ def test_what_cannot_be_a_study_is_refused(tmp_path: Path) -> None:
     assert foreign.read_text() == "not a journal\n"
     with pytest.raises(ValueError, match="there is no study at"):
         read_study(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [*lines[:3], b"{}\n", *lines[3:]],
+        lambda lines: [*lines[:3], b"\xff\xfe\n", *lines[3:]],
+        lambda lines: [*lines, b"\0\0\0\0\n"],
+    ],
+)
+def test_a_damaged_journal_is_named(tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]]) -> None:
+    path = tmp_path / "study.journal"
+    run(path, 3)
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+    for use in (lambda: run(path, 4), lambda: read_study(path)):
+        with pytest.raises(ValueError, match=f"{path} is damaged or not the journal of a study"):
+            use()
+
+
+def test_a_study_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    create_study(storage=storage, study_name="theirs").optimize(lambda trial: 0.0, n_trials=1)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="holds the study 'theirs' of somebody else"):
+        run(path, 1)
+    with pytest.raises(ValueError, match="holds no study of this package"):
+        read_study(path)
+    assert path.read_bytes() == before
 
 
 def test_failed_trials_keep_their_reason(tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def test_a_former_study_gives_its_best_trials(tmp_path: Path) -> None:
     assert 1 < len(best) < 30
 
 
+def test_a_former_study_of_other_genes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    with open_study(path, problem(), create_sampler(problem(), SamplerConfig("random"))) as study:
+        run_alone(Dispatcher(study, problem(), Budget(3)))
+    with pytest.raises(ValueError, match=r"its genes are stage1.pair1, .*, not stage1.pair1, .*stage3.pair3"):
+        warm_start([str(path)], SWIN_T)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
