@@ -12,8 +12,11 @@ from tests.pipelines_tests.configuration import command
 
 
 def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) -> None:
-    """kill -9 as soon as each stage has begun; at last the run ends with a complete result."""
-    for stage in (stage.name for stage in STAGES):
+    """kill -9 as soon as each stage has begun; at last the run ends with a complete result.
+
+    A signal that can be handled, as a cluster sends it, comes before them.
+    """
+    for stage, kill in [("train", signal.SIGTERM), *((stage.name, signal.SIGKILL) for stage in STAGES)]:
         with (tmp_path / "log").open("wb") as log:
             process = subprocess.Popen(command(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
             deadline = time.monotonic() + 120
@@ -23,8 +26,12 @@ def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) ->
                 time.sleep(0.02)
             time.sleep(1.0 if stage != "search" else 8.0)
             if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(process.pid, kill)
             process.wait()
+        if kill == signal.SIGTERM:
+            assert process.returncode == 130
+            last_line = (tmp_path / "log").read_text().splitlines()[-1]
+            assert last_line == "error: interrupted; what is finished is kept, and the same command goes on"
     result = subprocess.run(command(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {path.parent.name.split("-")[0] for path in (tmp_path / "out").glob("coco/stages/*/result.json")}
