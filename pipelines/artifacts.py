@@ -98,8 +98,11 @@ def content_key(depends_on: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+def path_digest(path: Path) -> str:
+    """SHA-256 of a file's content, or of all files directly in a folder."""
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.is_file())
+        return content_key([[each.name, path_digest(each)] for each in files])
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

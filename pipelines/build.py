@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipelines.errors import ConfigurationError
-from pipelines.schema import ConfigSchema, TrainingSchema
+from pipelines.schema import ConfigSchema, OwnTaskSchema, TrainingSchema
 from pipelines.search_log import TRIALS
 from search.dispatch import Budget
 from search.engine import EngineConfig
@@ -21,15 +21,17 @@ from search.selection import RULES
 from search.warm_start import warm_start
 from sparsevit.adaptation import sampling_law
 from sparsevit.backbone import BACKBONES, SparseSwin, create_backbone
-from sparsevit.data.coco import CocoInstances, locate_split
 from sparsevit.data.errors import DataError
 from sparsevit.data.shapes import ShapesConfig, write_shapes
+from sparsevit.data.split import DataSplit
+from sparsevit.data.streets import StreetsConfig, write_streets
 from sparsevit.latency.calibration import CalibrationConfig
 from sparsevit.precision import check_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task, create_task
 from sparsevit.training import TrainingConfig
 
+GENERATORS = ("shapes", "streets")
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 CHEAP_QUANTITIES = ("latency_ms", "macs_g")
 
@@ -63,6 +65,9 @@ def check(config: ConfigSchema) -> None:
     _one_of("finetune.rule", config.finetune.rule, RULES)
     _one_of("tracking.trials", config.tracking.trials, TRIALS)
     _one_of("data.verify", config.data.verify, ("decode", "header", "none"))
+    _one_of("init_classifier", config.init_classifier, ("load", "random"))
+    if is_generated(config):
+        generator(config)
     finetuned_vector(config)
     if config.finetune.rule == "latency_budget" and config.finetune.latency_budget_ms is None:
         raise ConfigurationError("finetune.rule=latency_budget needs finetune.latency_budget_ms")
@@ -73,6 +78,7 @@ def check(config: ConfigSchema) -> None:
         ("search.plateau", config.search.plateau),
         ("search.max_failures", config.search.max_failures),
         ("report.num_rounds", config.report.num_rounds),
+        ("report.num_pictures", config.report.num_pictures),
         ("report.max_members", config.report.max_members),
         ("data.limit", config.data.limit),
     ):
@@ -111,14 +117,14 @@ def finetuned_vector(config: ConfigSchema) -> SparsityVector | None:
 
 
 def initial_weights(config: ConfigSchema) -> Path | None:
-    """The file that training starts from; None for scratch."""
+    """The file or folder that training starts from; None for scratch."""
     if config.init == "scratch":
         return None
     if config.init != "shipped":
         path = Path(config.init)
-        if not path.is_file():
+        if not path.exists():
             raise ConfigurationError(
-                f"init={config.init}: no such file; use shipped, scratch, or the path of a checkpoint"
+                f"init={config.init}: no such file or folder; use shipped, scratch, or a checkpoint's path"
             )
         return path
     path = SHIPPED_WEIGHTS / f"{config.experiment}_{config.scale}.safetensors"
@@ -136,17 +142,21 @@ def space(config: ConfigSchema) -> SparsitySpace:
 
 
 def backbone(config: ConfigSchema) -> SparseSwin:
-    return create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate)
+    fields = config.backbone
+    return create_backbone(
+        fields.name, drop_path_rate=fields.drop_path_rate, checkpoints=fields.checkpoints
+    )
 
 
 def task(config: ConfigSchema, num_classes: int) -> Task:
     fields = plain(config.task)
-    name, options = fields.pop("name"), fields.pop("options")
-    fields.pop("scale_range")
-    if ":" in name:
-        options["image_size"] = fields["image_size"]
-    else:  # ours; what is not set has the detector's own default
-        options = {key: value for key, value in fields.items() if value is not None}
+    name, options = fields.pop("name"), fields.pop("options", fields)
+    is_own = ":" in name
+    if is_own != (OmegaConf.get_type(config.task) is OwnTaskSchema):
+        raise ConfigurationError(
+            f"task.name={name}: a task of your own is module:callable with task=own, one of ours comes with "
+            "its file in conf/task (docs/own-detector.md)"
+        )
     return create_task(name, {"num_classes": num_classes, **options})
 
 
@@ -231,7 +241,7 @@ def sampler(config: ConfigSchema) -> SamplerConfig:
     return SamplerConfig(seed=config.search.seed, **plain(config.sampler))
 
 
-def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, CocoInstances, CocoInstances]:
+def data_splits(config: ConfigSchema, on_image: Any) -> tuple[DataSplit, DataSplit, DataSplit]:
     """Training, search and report split; the generated data set is written if it is needed.
 
     Raises:
@@ -239,18 +249,19 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, Coc
     """
     root = Path(config.data.root)
     if is_generated(config):
-        write_shapes(root, shapes_config(config), on_image)
-    train = CocoInstances(root, config.data.train or _find_split(root, "train"))
-    report = CocoInstances(root, config.data.val or _find_split(root, "report", "val"))
-    search_split = config.data.search or _find_split(root, "search", is_optional=True)
+        generator(config)(root, on_image)
+    data = task(config, num_classes=1).data
+    train = data(root, config.data.train or _find_split(data, root, "train"))
+    report = data(root, config.data.val or _find_split(data, root, "report", "val"))
+    search_split = config.data.search or _find_split(data, root, "search", is_optional=True)
     if config.data.limit is not None:
-        train, report = (split.subset(split.image_ids[: config.data.limit]) for split in (train, report))
+        train, report = (split.subset(split.sample_ids[: config.data.limit]) for split in (train, report))
     if search_split is None:
         train, search = train.hold_out(config.data.num_search, config.seed)
     else:
-        search = CocoInstances(root, search_split)
+        search = data(root, search_split)
         if config.data.limit is not None:
-            search = search.subset(search.image_ids[: config.data.limit])
+            search = search.subset(search.sample_ids[: config.data.limit])
     for split in (search, report):
         if split.class_names != train.class_names:
             raise DataError(
@@ -262,15 +273,31 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[CocoInstances, Coc
 
 def is_generated(config: ConfigSchema) -> bool:
     """Whether the data is the project's own, not the user's."""
-    shapes = config.data.shapes
-    return shapes is not None and Path(config.data.root) == Path(shapes.root)
+    generated = config.data.generated
+    return generated is not None and Path(config.data.root) == Path(generated.root)
 
 
-def shapes_config(config: ConfigSchema) -> ShapesConfig:
-    assert config.data.shapes is not None
-    fields = plain(config.data.shapes)
-    fields.pop("root")
-    return ShapesConfig(**fields)
+def generator(config: ConfigSchema) -> Callable[[Path, Callable[[], None]], None]:
+    """What draws the data set: called with its root and a function to call at every image.
+
+    Raises:
+        ValueError: for an unknown generator or an image size that it cannot draw.
+    """
+    assert config.data.generated is not None
+    fields = plain(config.data.generated)
+    name, size = fields.pop("generator"), fields.pop("image_size")
+    _one_of("data.generated.generator", name, GENERATORS)
+    del fields["root"]
+    if len(size) != 2 or min(size) < 32 or (name == "shapes" and size[0] != size[1]):
+        raise ConfigurationError(
+            "data.generated.image_size is [height, width], at least 32 each and for shapes a square; "
+            f"got {size}"
+        )
+    if name == "shapes":
+        shapes = ShapesConfig(image_size=size[0], **fields)
+        return lambda root, on_image: write_shapes(root, shapes, on_image)
+    streets = StreetsConfig(image_size=tuple(size), **fields)
+    return lambda root, on_image: write_streets(root, streets, on_image)
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -291,18 +318,17 @@ def flat(node: Any, prefix: str = "") -> Mapping[str, Any]:
     return values
 
 
-def _find_split(root: Path, *names: str, is_optional: bool = False) -> Any:
+def _find_split(data: type[DataSplit], root: Path, *names: str, is_optional: bool = False) -> Any:
     """The split of that name, or the only one whose name begins with it."""
-    known = [
-        path.stem.removeprefix("instances_") for path in sorted(root.glob("annotations/instances_*.json"))
-    ]
+    known = data.known_splits(root)
     for name in names:
         matching = [split for split in known if split == name] or [s for s in known if s.startswith(name)]
         if len(matching) == 1:
             return matching[0]
     if is_optional:
         return None
-    locate_split(root, names[0])
+    if not known:
+        data(root, names[0])  # says what is missing
     raise DataError(f"{root} has the splits {known}: say which to use with data.{names[-1]}")
 
 

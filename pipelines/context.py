@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from pipelines import build
-from pipelines.artifacts import ArtifactStore, StageResult, content_key, file_digest, read_json, write_json
+from pipelines.artifacts import ArtifactStore, StageResult, content_key, read_json, write_json
 from pipelines.progress import progress_bar
 from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import load_model_weights
-from sparsevit.data.coco import CocoInstances
+from sparsevit.data.split import DataSplit
 from sparsevit.latency.calibration import device_name
 from sparsevit.precision import autocast, resolve_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
@@ -68,40 +68,52 @@ class Run:
         return build.space(self.config)
 
     @cached_property
-    def splits(self) -> tuple[CocoInstances, CocoInstances, CocoInstances]:
+    def splits(self) -> tuple[DataSplit, DataSplit, DataSplit]:
         with progress_bar(None, "write the generated data") as advance:
             splits = build.data_splits(self.config, advance)
-        num_dropped = sum({split.annotation_file: split.num_dropped for split in splits}.values())
+        num_dropped = sum({split.split: split.num_dropped for split in splits}.values())
         if num_dropped:
             logger.info("dropped %d annotations whose box or mask has no area", num_dropped)
         return splits
 
     @property
-    def train_set(self) -> CocoInstances:
+    def train_set(self) -> DataSplit:
         return self.splits[0]
 
     @property
-    def search_set(self) -> CocoInstances:
+    def search_set(self) -> DataSplit:
         return self.splits[1]
 
     @property
-    def report_set(self) -> CocoInstances:
+    def report_set(self) -> DataSplit:
         return self.splits[2]
 
     @cached_property
     def task(self) -> Task:
         return build.task(self.config, len(self.train_set.class_names))
 
-    def build_model(self, weights: Path | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+    def build_model(
+        self, weights: Path | None = None, *, loads_classifier: bool = True
+    ) -> tuple[nn.Module, tuple[str, ...]]:
         """The whole model on the run's device, and the layers that `weights` did not cover."""
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             model = self.task.build_model(build.backbone(self.config))
         uncovered = tuple(model.state_dict())
         if weights is not None:
-            backbone = self.task.backbone_of(model)
-            uncovered = load_model_weights(model, backbone, weights, class_layers=self.task.class_layers)
+            uncovered = load_model_weights(
+                model, self.task.backbone_of(model), weights,
+                class_layers=self.task.class_layers, foreign_prefixes=self.task.foreign_prefixes,
+                loads_classifier=loads_classifier,
+            )  # fmt: skip
         return model.to(self.device), uncovered
+
+    def initial_model(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The model that training starts from, and its layers that are still random."""
+        # The shipped classifier knows the generated classes, even where the user has as many.
+        is_foreign = self.config.init == "shipped" and not build.is_generated(self.config)
+        loads_classifier = self.config.init_classifier == "load" and not is_foreign
+        return self.build_model(build.initial_weights(self.config), loads_classifier=loads_classifier)
 
     def model_of(self, stage: str) -> nn.Module:
         """The model that a finished stage left."""
@@ -109,9 +121,16 @@ class Run:
         return model
 
     def accuracy(
-        self, stage: str, dataset: CocoInstances, sparsity: SparsityVector, label: str
+        self, stage: str, dataset: DataSplit, sparsity: SparsityVector, label: str
     ) -> Mapping[str, float]:
-        """Accuracy of the model that a finished stage left.
+        """The task's metrics of the model that a finished stage left."""
+        scores = self.scores(stage, dataset, sparsity, label)
+        return {name: scores[name] for name in self.task.metrics}
+
+    def scores(
+        self, stage: str, dataset: DataSplit, sparsity: SparsityVector, label: str
+    ) -> Mapping[str, float]:
+        """The metrics and their parts, such as the accuracy of every class.
 
         Kept beside its weights, so that it is computed once, whoever asks.
         """
@@ -146,12 +165,9 @@ class Run:
         """A seed of its own for every training stage."""
         return self.config.seed + ("train", "adapt", "finetune").index(stage)
 
-    def data_fingerprint(self, *splits: CocoInstances) -> list[Any]:
+    def data_fingerprint(self, *splits: DataSplit) -> list[Any]:
         """What a result knows of its data: annotations and the images used."""
-        return [
-            {"annotations": self._digest(split.annotation_file), "images": split.image_ids}
-            for split in splits
-        ]
+        return [{"annotations": self._digest(split), "images": split.sample_ids} for split in splits]
 
     def machine(self) -> dict[str, Any]:
         """What a measured time depends on."""
@@ -162,11 +178,11 @@ class Run:
             "host": platform.node(),
         }
 
-    def _digest(self, path: Path) -> str:
-        if path not in self._digests:
-            self._digests[path] = file_digest(path)
-        return self._digests[path]
+    def _digest(self, split: DataSplit) -> str:
+        if id(split) not in self._digests:
+            self._digests[id(split)] = split.digest()
+        return self._digests[id(split)]
 
     @cached_property
-    def _digests(self) -> dict[Path, str]:
+    def _digests(self) -> dict[int, str]:
         return {}

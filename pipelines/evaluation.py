@@ -10,7 +10,6 @@ from torch import Tensor
 
 from search.evaluator import Evaluator
 from sparsevit.backbone import create_backbone
-from sparsevit.data.coco import CocoInstances
 from sparsevit.precision import autocast
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks import create_task
@@ -26,7 +25,7 @@ class SupernetEvaluatorFactory:
     weights: Mapping[str, Tensor]
     data_root: Path
     split: str
-    image_ids: tuple[int, ...]
+    sample_ids: tuple[Any, ...]
     batch_size: int
     device: str
     precision: str
@@ -39,12 +38,13 @@ class SupernetEvaluatorFactory:
         model = task.build_model(create_backbone(self.backbone))
         model.load_state_dict(dict(self.weights))
         model.eval().to(device)
-        dataset = CocoInstances(self.data_root, self.split, image_ids=self.image_ids)
-        all_images = dataset.image_ids
+        dataset = task.data(self.data_root, self.split).subset(self.sample_ids)
+        all_samples = dataset.sample_ids
 
         def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:
-            dataset.image_ids = all_images[:budget]
+            dataset.sample_ids = all_samples[:budget]
             with autocast(self.precision, device):
-                return task.evaluate(model, dataset, vector, batch_size=self.batch_size, device=device)
+                scores = task.evaluate(model, dataset, vector, batch_size=self.batch_size, device=device)
+            return {name: scores[name] for name in task.metrics}
 
         return evaluate

@@ -1,5 +1,6 @@
 """The report's pictures: interactive HTML by plotly, PNG by matplotlib."""
 
+import base64
 import html
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from pipelines.artifacts import write_text
 
@@ -18,17 +20,20 @@ from matplotlib import pyplot as plt
 
 HTML_FILE = "report.html"
 PNG_FILE = "pareto.png"
+PICTURES_FILE = "pictures.png"
 
 
-def write_plots(
+def write_report(
     folder: Path,
     table: pd.DataFrame,
     metric: str,
     front: Collection[str],
     hypervolumes: Sequence[float],
+    *,
     header: Mapping[str, Any],
+    by_class: pd.DataFrame,
 ) -> None:
-    """Write the report's HTML page and the picture of the front.
+    """Write the report's HTML page, with what `write_pictures` left, and the picture of the front.
 
     Args:
         table: the Pareto table, the dense model first.
@@ -36,6 +41,7 @@ def write_plots(
         front: the vectors of the table that no other dominates.
         hypervolumes: after every evaluation of the search.
         header: what was measured, on what.
+        by_class: parts of the metrics, a row each.
     """
     figure = _interactive(table, metric, front, hypervolumes)
     plot = figure.to_html(full_html=False, include_plotlyjs=True)
@@ -51,9 +57,35 @@ def write_plots(
     write_text(
         folder / HTML_FILE,
         f"<!doctype html><meta charset='utf-8'><title>SparseViT report</title><style>{style}</style>"
-        f"<h1>Pareto front</h1><table>{facts}</table>{plot}{rows}",
+        f"<h1>Pareto front</h1><table>{facts}</table>{plot}{rows}"
+        f"<h2>Classes</h2>{by_class.to_html(float_format='{:.3f}'.format, na_rep='')}"
+        f"<h2>Pictures</h2><p>A window is darker, the fewer blocks of a stage computed it.</p>"
+        f"<img style='max-width:100%' alt='predictions' src='{_inline(folder / PICTURES_FILE)}'>",
     )
     _static(folder / PNG_FILE, table, metric, front, header)
+
+
+def write_pictures(folder: Path, rows: Sequence[Mapping[str, Tensor]]) -> None:
+    """A sheet of pictures, a row for every sample.
+
+    Args:
+        rows: [3, H, W] uint8 by title, as many in every row.
+    """
+    titles = list(rows[0])
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(3.2 * len(titles), 2.4 * len(rows)), squeeze=False
+    )
+    for row, places in zip(rows, axes, strict=True):
+        for (title, picture), place in zip(row.items(), places, strict=True):
+            place.imshow(picture.permute(1, 2, 0).numpy())
+            place.set_title(title, fontsize=8)
+            place.axis("off")
+    _save(figure, folder / PICTURES_FILE)
+
+
+def _inline(picture: Path) -> str:
+    """A picture as part of a page."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def plot_front(page: Path, picture: Path, table: pd.DataFrame, x: str, y: str) -> None:

@@ -12,30 +12,56 @@ from omegaconf import MISSING
 
 @dataclass
 class TaskSchema:
-    """``name`` chooses the task; the rest are the detector's widths and sampling.
-
-    A task of the user's own, ``module:callable``, takes `image_size` and its `options`.
-    """
+    """``name`` chooses the task; what else there is to set is up to each."""
 
     name: str = MISSING
+
+
+@dataclass
+class InstanceSegmentationSchema(TaskSchema):
+    """As `sparsevit.tasks.mask_rcnn.MaskRCNNConfig`."""
+
     image_size: int = MISSING
-    fpn_channels: int | None = None
-    box_channels: int | None = None
-    mask_channels: int | None = None
-    smallest_anchor: int | None = None
-    num_proposals: int | None = None
-    num_rois_per_image: int | None = None
-    num_detections: int | None = None
     scale_range: list[float] = MISSING
+    fpn_channels: int = MISSING
+    box_channels: int = MISSING
+    mask_channels: int = MISSING
+    smallest_anchor: int = MISSING
+    num_proposals: int = MISSING
+    num_rois_per_image: int = MISSING
+    num_detections: int = MISSING
+
+
+@dataclass
+class SemanticSegmentationSchema(TaskSchema):
+    """As `sparsevit.tasks.mask2former.Mask2FormerConfig`."""
+
+    crop_size: list[int] = MISSING
+    scale_range: list[float] = MISSING
+    feature_channels: int = MISSING
+    hidden_channels: int = MISSING
+    encoder_hidden_channels: int = MISSING
+    encoder_layers: int = MISSING
+    decoder_layers: int = MISSING
+    num_heads: int = MISSING
+    num_queries: int = MISSING
+    num_points: int = MISSING
+
+
+@dataclass
+class OwnTaskSchema(TaskSchema):
+    """A task of the user's own, ``module:callable``, takes whatever `options` it wants."""
+
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class ShapesSchema:
-    """The generated data set, used where `data.root` is its `root`."""
+class GeneratedSchema:
+    """The data set that the project draws, used where `data.root` is its `root`."""
 
+    generator: str = MISSING
     root: str = MISSING
-    image_size: int = MISSING
+    image_size: list[int] = MISSING
     num_images: dict[str, int] = MISSING
     seed: int = 0
 
@@ -49,13 +75,14 @@ class DataSchema:
     num_search: int = MISSING
     limit: int | None = None
     verify: str = "decode"
-    shapes: ShapesSchema | None = None
+    generated: GeneratedSchema | None = None
 
 
 @dataclass
 class BackboneSchema:
     name: str = MISSING
     drop_path_rate: float = 0.0
+    checkpoints: bool = False  # in training, less memory for a quarter more time
     choices: list[float] = MISSING
 
 
@@ -72,6 +99,7 @@ class TrainingSchema:
     milestones: list[float] = field(default_factory=lambda: [8 / 12, 11 / 12])
     precision: str = "auto"
     clip_norm: float = 1.0
+    backbone_rate: float = 1.0
     num_workers: int = 0
     checkpoint_every_s: float = 20.0
 
@@ -167,6 +195,7 @@ class SamplerSchema:
 @dataclass
 class ReportSchema:
     num_rounds: int = MISSING
+    num_pictures: int = MISSING
     max_members: int | None = None  # None: every member of the front
 
 
@@ -197,6 +226,7 @@ class ConfigSchema:
     output: str = MISSING
     device: str = MISSING
     init: str = MISSING
+    init_classifier: str = MISSING  # load: weights of as many classes; random: all but the classifier
     until: str = MISSING
     task: TaskSchema = MISSING
     data: DataSchema = MISSING
@@ -215,4 +245,11 @@ class ConfigSchema:
 
 def register() -> None:
     """Make the schema known to Hydra, for ``defaults: [schema]`` in ``conf/config.yaml``."""
-    ConfigStore.instance().store(name="schema", node=ConfigSchema)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=ConfigSchema)
+    for name, node in (
+        ("instance_segmentation", InstanceSegmentationSchema),
+        ("semantic_segmentation", SemanticSegmentationSchema),
+        ("own", OwnTaskSchema),
+    ):
+        store.store(group="task_schema", name=name, node=node)

@@ -57,7 +57,7 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     write_text(run_folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     run.tracker = _tracker(config, run_folder)
     if any(run.store.find(stage.name, keys[stage.name]) is None for stage in stages):
-        run.build_model(build.initial_weights(config))  # a checkpoint that does not fit fails here
+        run.initial_model()  # a checkpoint that does not fit fails here
         verify_images(run)
     run.tracker.start(PARENT, config.experiment, params=build.flat(config))
     try:
@@ -101,7 +101,7 @@ def verify_images(run: Run) -> None:
     total = sum(len(split) for split in run.splits)
     with progress_bar(total, "check the images", unit="image") as advance:
         for split in run.splits:
-            split.verify_images(decode=run.config.data.verify == "decode", on_image=advance)
+            split.verify(decode=run.config.data.verify == "decode", on_sample=advance)
 
 
 def link_results(run_folder: Path, results: dict[str, StageResult]) -> None:

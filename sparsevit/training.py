@@ -23,6 +23,7 @@ from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.protocol import Task
 
 VectorLaw = Callable[[torch.Generator], SparsityVector | None]
+SCHEDULES = ("cosine", "polynomial", "step")
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
@@ -32,10 +33,12 @@ class TrainingConfig:
 
     Attributes:
         num_steps: optimiser steps in all.
-        schedule: ``cosine`` to zero, or ``step``: divided by ten at every milestone.
+        schedule: ``cosine`` to zero, ``polynomial`` to zero with power 0.9, or ``step``: divided by ten
+            at every milestone.
         milestones: shares of `num_steps` at which ``step`` lowers the rate.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where it is fast.
         clip_norm: gradient norm at most; 0 for no clipping.
+        backbone_rate: learning rate of the backbone, as a share of `learning_rate`.
         checkpoint_every_s: seconds between two checkpoints.
     """
 
@@ -48,12 +51,13 @@ class TrainingConfig:
     milestones: tuple[float, ...] = (8 / 12, 11 / 12)
     precision: str = "auto"
     clip_norm: float = 1.0
+    backbone_rate: float = 1.0
     num_workers: int = 0
     checkpoint_every_s: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "step"):
-            raise ValueError(f"schedule must be cosine or step, got {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         check_precision(self.precision)
         if self.num_steps < 0 or self.batch_size < 1:
             raise ValueError(
@@ -84,7 +88,7 @@ def train(
         FloatingPointError: if the loss is not finite.
     """
     device = next(model.parameters()).device
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, task.backbone_of(model), config)
     first_step = _restore(checkpoint, model, optimizer, device)
     order = TrainingOrder(
         len(dataset),  # type: ignore[arg-type]
@@ -119,7 +123,7 @@ def train(
         if config.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(step - 1, config)
+            group["lr"] = group["base_rate"] * learning_rate_factor(step - 1, config)
         optimizer.step()
         on_step(step, {"loss": sum(values.values()), **values})
         if time.monotonic() - last_checkpoint >= config.checkpoint_every_s:
@@ -128,19 +132,27 @@ def train(
     model.eval()
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on norms, biases and position-bias tables."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def build_optimizer(model: nn.Module, backbone: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW without weight decay on norms, biases, embeddings and position-bias tables."""
+    embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    of_backbone = {id(parameter) for parameter in backbone.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or name.endswith("relative_position_bias_table")
-            (plain if is_plain else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+            key = id(parameter) in of_backbone, is_plain or id(parameter) in embeddings
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": 0.0 if is_plain else config.weight_decay,
+                "base_rate": config.learning_rate * (config.backbone_rate if is_backbone else 1.0),
+            }
+            for (is_backbone, is_plain), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+    )
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -148,8 +160,11 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     warmup = min(config.warmup_steps, config.num_steps // 4)
     if step < warmup:
         return (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.num_steps - warmup)
     if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.num_steps - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "polynomial":
+        return float((1 - progress) ** 0.9)
     return float(0.1 ** sum(step >= share * config.num_steps for share in config.milestones))
 
 

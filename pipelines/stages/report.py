@@ -7,11 +7,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from pipelines import build
 from pipelines.artifacts import write_text
 from pipelines.context import Run
-from pipelines.plots import write_plots
+from pipelines.plots import write_pictures, write_report
 from pipelines.progress import progress_bar
 from pipelines.stages.finetune import chosen_member, front_members
 from pipelines.stages.search import search_problem, study_file
@@ -21,12 +23,14 @@ from search.progress import SearchProgress
 from search.study import counted_trials, read_study
 from sparsevit.data.order import seeded
 from sparsevit.export import export_model
+from sparsevit.kept_windows import trace_kept_windows
 from sparsevit.latency.calibration import measure_ms
 from sparsevit.precision import resolve_precision
 from sparsevit.sparsity import SparsityVector
 
 EXPORT_FOLDER = "export"
 TABLE_FILE = "pareto.csv"
+CLASS_TABLE_FILE = "classes.csv"
 
 
 class Report:
@@ -51,8 +55,9 @@ class Report:
         if chosen not in [member.vector for member in members]:  # the user's own
             members.append(chosen_one)
         scores = _score(run, [member.vector for member in members])
-        dense = run.accuracy("train", run.report_set, run.space.dense, "of the dense model")[metric]
-        after = run.accuracy("finetune", run.report_set, chosen, "of the subnet")[metric]
+        dense_scores = run.scores("train", run.report_set, run.space.dense, "of the dense model")
+        after_scores = run.scores("finetune", run.report_set, chosen, "of the subnet")
+        dense, after = dense_scores[metric], after_scores[metric]
         measured = _measure(run, [run.space.dense, *(member.vector for member in members)])
         rows: list[dict[str, Any]] = [
             {
@@ -79,13 +84,18 @@ class Report:
         table.to_csv(folder / TABLE_FILE, index=False)
         front = measured_front(members, measured[1:], scores, metric)
         write_text(folder / "front.json", front.to_json())
+        by_class = class_table({"dense": dense_scores, str(chosen): after_scores})
+        by_class.to_csv(folder / CLASS_TABLE_FILE)
+        subnet = run.model_of("finetune")
+        write_pictures(folder, draw_samples(run, subnet, chosen))
         history = hypervolume_history(run)
-        write_plots(
-            folder, table, metric, [str(member.vector) for member in front.members], history, _header(run)
-        )
+        write_report(
+            folder, table, metric, [str(member.vector) for member in front.members], history,
+            header=_header(run), by_class=by_class,
+        )  # fmt: skip
         row = next(row for row in rows if row["chosen"])
         export_model(
-            folder / EXPORT_FOLDER, run.model_of("finetune"), chosen,
+            folder / EXPORT_FOLDER, subnet, chosen,
             backbone=run.config.backbone.name, task=run.config.task.name, task_config=run.task.config,
             details={
                 "classes": run.train_set.class_names,
@@ -105,6 +115,27 @@ class Report:
 
     def score(self, run: Run) -> Mapping[str, float]:
         return {}
+
+
+def class_table(scores: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """Parts of metrics, such as the accuracy of every class: a row each, a column per model."""
+    parts = {model: {k: v for k, v in values.items() if "/" in k} for model, values in scores.items()}
+    return pd.DataFrame(parts).rename_axis("class")
+
+
+def draw_samples(run: Run, model: nn.Module, vector: SparsityVector) -> list[dict[str, Tensor]]:
+    """A few samples, spread over the report split: ground truth, prediction, and what every stage kept."""
+    count = min(run.config.report.num_pictures, len(run.report_set))
+    backbone = run.task.backbone_of(model)
+    rows = []
+    for index in range(0, len(run.report_set) // count * count, len(run.report_set) // count):
+        with trace_kept_windows(backbone) as trace:
+            row = dict(run.task.draw(model.eval(), run.report_set, index, vector))
+        for stage in range(len(trace.shares)):
+            share = float(trace.shares[stage].mean())
+            row[f"stage {stage + 1}: {share:.0%}"] = make_grid(trace.overlay(stage), nrow=3, padding=4)
+        rows.append(row)
+    return rows
 
 
 def measured_front(

@@ -154,7 +154,7 @@ class Search:
             weights={name: value.cpu() for name, value in run.model_of("adapt").state_dict().items()},
             data_root=split.root.resolve(),
             split=split.split,
-            image_ids=tuple(split.image_ids),
+            sample_ids=tuple(split.sample_ids),
             batch_size=run.config.evaluation.batch_size,
             precision=run.config.evaluation.precision,
             device="cuda" if cluster.gpus_per_worker > 0 else "cpu",

@@ -1,13 +1,12 @@
 """Stage 1: the dense model, imported or trained."""
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines import build
-from pipelines.artifacts import file_digest
+from pipelines.artifacts import path_digest
 from pipelines.context import WEIGHTS_FILE, Run
 from pipelines.stages.training import train_stage, training_key
 from sparsevit.checkpoints import write_weights
@@ -25,19 +24,15 @@ class Train:
         initial = build.initial_weights(run.config)
         return {
             **training_key(run.config.train, run),
-            "init": "scratch" if initial is None else file_digest(initial),
+            "init": "scratch" if initial is None else path_digest(initial),
+            "init_classifier": run.config.init_classifier,
             "task": build.plain(run.config.task),
             "backbone": build.plain(run.config.backbone),
         }
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
-        model, uncovered = run.build_model(build.initial_weights(run.config))
+        model, uncovered = run.initial_model()
         num_steps = 0
-        if run.config.init == "shipped" and not build.is_generated(run.config):
-            # The shipped heads know the generated classes, even where the user has as many.
-            uncovered = uncovered or tuple(
-                n for n in model.state_dict() if re.search(run.task.class_layers, n)
-            )
         if uncovered:
             if len(uncovered) < len(model.state_dict()):
                 logger.info(

@@ -12,7 +12,6 @@ from pipelines.context import WEIGHTS_FILE, Run
 from pipelines.progress import progress_bar
 from pipelines.schema import TrainingSchema
 from sparsevit.checkpoints import read_weights, write_weights
-from sparsevit.data.augmentation import instance_augmentation
 from sparsevit.sparsity import SparsityVector
 from sparsevit.training import train
 
@@ -26,7 +25,6 @@ def training_key(stage: TrainingSchema, run: Run) -> dict[str, Any]:
     return {
         "training": {name: value for name, value in fields.items() if name not in _NO_EFFECT_ON_RESULT},
         "data": run.data_fingerprint(run.train_set),
-        "scale_range": list(run.config.task.scale_range),
         "seed": run.config.seed,
     }
 
@@ -48,8 +46,7 @@ def train_stage(
     if finished.is_file():
         model.load_state_dict(read_weights(finished))
         return build.training(stage, len(dataset)).num_steps
-    low, high = run.config.task.scale_range
-    dataset.transform = instance_augmentation(run.config.task.image_size, (low, high))
+    dataset.transform = run.task.training_transform()
     config = build.training(stage, len(dataset))
     checkpoint = folder / "checkpoint.pt"
     with progress_bar(config.num_steps, f"{name}: training") as advance:

@@ -72,7 +72,13 @@ def load_backbone_weights(backbone: SparseSwin, path: str | Path, *, prefix: str
             shapes that do not match are listed.
     """
     path = Path(path)
-    weights = read_weights(path)
+    return load_named_weights(backbone, read_weights(path), path, prefix=prefix)
+
+
+def load_named_weights(
+    backbone: SparseSwin, weights: Mapping[str, Tensor], path: Path, *, prefix: str | None = None
+) -> LoadReport:
+    """`load_backbone_weights` from tensors that were read already; `path` is for the errors."""
     own = backbone.state_dict()
     match = _recognise(weights, own, len(backbone.depths), prefix, path)
     resized, wrong_shape = [], []

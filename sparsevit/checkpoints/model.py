@@ -1,46 +1,91 @@
 """Weights of a whole model: everything, all but the class-dependent layers, or the backbone alone."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.checkpoints.backbone import load_backbone_weights
-from sparsevit.checkpoints.files import mismatch_error, read_weights
+from sparsevit.checkpoints.backbone import load_named_weights
+from sparsevit.checkpoints.files import CheckpointError, Weights, mismatch_error, read_weights
 
 
 def load_model_weights(
-    model: nn.Module, backbone: SparseSwin, path: Path, *, class_layers: str
+    model: nn.Module,
+    backbone: SparseSwin,
+    path: Path,
+    *,
+    class_layers: str,
+    foreign_prefixes: Mapping[str, str],
+    loads_classifier: bool = True,
 ) -> tuple[str, ...]:
-    """Load a checkpoint into a dense model and return the layers that it did not cover.
+    """Load a checkpoint into a dense model and return the tensors that it did not cover.
 
-    A file of a whole model may differ in the layers whose shape depends on the number of classes;
-    they keep their initial values. A file that holds a backbone alone leaves all else as it is.
+    The file may be one of this project, one of another library whose names are ours but for
+    `foreign_prefixes` and the backbone, or one of a backbone alone, which leaves all else as it is.
 
     Args:
         class_layers: regular expression of the class-dependent parameters.
+        foreign_prefixes: how names begin in the other library, and in our model.
+        loads_classifier: whether the class-dependent layers are taken from the file too; else they keep
+            their values, whatever their shape there.
 
     Raises:
-        CheckpointError: if the file is unusable or of another model.
+        CheckpointError: if the file is unusable, of another model, or of another number of classes.
     """
-    weights = read_weights(path)
+    weights = {_ours(name, foreign_prefixes): value for name, value in read_weights(path).items()}
     own = model.state_dict()
-    if not any(name in own for name in weights):
-        load_backbone_weights(backbone, path)
-        prefixes = {id(module): name for name, module in model.named_modules()}
-        prefix = prefixes[id(backbone)] + "."
-        return tuple(sorted(name for name in own if not name.startswith(prefix)))
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
-    differing = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
-    foreign = [name for name in differing if not re.search(class_layers, name)]
-    if missing or unexpected or foreign:
+    prefix = {id(module): name for name, module in model.named_modules()}[id(backbone)] + "."
+    head = {name for name in own if not name.startswith(prefix)}
+    if head.isdisjoint(weights):
+        load_named_weights(backbone, weights, path)
+        return tuple(sorted(head))
+    of_classes = {name for name in head if re.search(class_layers, name)}
+    if not loads_classifier:
+        weights = {name: value for name, value in weights.items() if name not in of_classes}
+    expected = head - (set() if loads_classifier else of_classes)
+    _check_head(own, weights, expected, of_classes, path)
+    rest = {name: value for name, value in weights.items() if name not in head}
+    _check_is_backbone(rest, prefix, own, path)
+    load_named_weights(backbone, rest, path)
+    model.load_state_dict({name: weights[name] for name in expected}, strict=False)
+    return tuple(sorted(head - expected))
+
+
+def _check_head(
+    own: Mapping[str, Tensor], weights: Weights, expected: set[str], of_classes: set[str], path: Path
+) -> None:
+    """Everything but the backbone is there and has our shape."""
+    missing = sorted(expected - weights.keys())
+    differing = {name for name in expected & weights.keys() if own[name].shape != weights[name].shape}
+    if not missing and differing and differing <= of_classes:
+        name = min(differing, key=lambda each: own[each].numel())
+        raise CheckpointError(
+            f"{path} was trained on another number of classes: {name} is {list(weights[name].shape)} "
+            f"there and {list(own[name].shape)} here. init_classifier=random loads all but such layers"
+        )
+    if missing or differing:
         raise mismatch_error(
             f"{path} is a checkpoint of another model",
-            unexpected=unexpected,
+            unexpected=[],
             missing=missing,
-            wrong_shape=foreign,
+            wrong_shape=sorted(differing),
         )
-    model.load_state_dict({name: weights[name] for name in own if name not in differing}, strict=False)
-    return tuple(differing)
+
+
+def _check_is_backbone(rest: Weights, prefix: str, own: Mapping[str, Tensor], path: Path) -> None:
+    """In a file of our own names, nothing but the backbone is left."""
+    if any(name.startswith(prefix) and name in own for name in rest):
+        unexpected = sorted(name for name in rest if not name.startswith(prefix))
+        if unexpected:
+            raise mismatch_error(
+                f"{path} is a checkpoint of another model", unexpected=unexpected, missing=[], wrong_shape=[]
+            )
+
+
+def _ours(name: str, foreign_prefixes: Mapping[str, str]) -> str:
+    for theirs, ours in foreign_prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name

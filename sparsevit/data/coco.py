@@ -4,6 +4,7 @@ Legend: I instances of an image; H, W its height and width.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 from collections import Counter
@@ -13,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from sparsevit.data.errors import DataError
-from sparsevit.data.sample import Sample, Transform
+from sparsevit.data.images import open_image, read_image
+from sparsevit.data.sample import Sample
+from sparsevit.data.split import DataSplit
 
 
-class CocoInstances(Dataset[Sample]):
+class CocoInstances(DataSplit):
     """One split of a data set in COCO format.
 
     An item is an image, [3, H, W] uint8, and a target for torchvision's Mask R-CNN: ``boxes``
@@ -36,15 +36,14 @@ class CocoInstances(Dataset[Sample]):
         split: ``train2017`` stands for ``annotations/instances_train2017.json`` and the images in
             ``train2017/``; a path ending in ``.json`` (relative to `root`) names the annotations
             themselves, with images in the folder of the same split name, or else in `root`.
-        image_ids: use only these images.
+        sample_ids: use only these images.
 
     Raises:
         DataError: if the annotations are missing, broken, or contradict themselves.
     """
 
-    def __init__(self, root: Path, split: str, *, image_ids: Iterable[int] | None = None) -> None:
-        self.root = root
-        self.split = split
+    def __init__(self, root: Path, split: str, *, sample_ids: Iterable[int] | None = None) -> None:
+        super().__init__(root, split)
         self.annotation_file, self.image_folder = locate_split(root, split)
         dataset = read_annotations(self.annotation_file, self.image_folder)
         self.num_dropped = _drop_degenerate(dataset)
@@ -55,15 +54,15 @@ class CocoInstances(Dataset[Sample]):
         self.category_ids = sorted(self.coco.cats)
         self.class_names = tuple(str(self.coco.cats[category]["name"]) for category in self.category_ids)
         self.labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        self.image_ids = sorted(self.coco.imgs) if image_ids is None else sorted(image_ids)
-        self.transform: Transform | None = None
+        self.sample_ids = sorted(self.coco.imgs if sample_ids is None else sample_ids)
 
-    def __len__(self) -> int:
-        return len(self.image_ids)
+    @classmethod
+    def known_splits(cls, root: Path) -> list[str]:
+        files = root.glob("annotations/instances_*.json")
+        return sorted(path.stem.removeprefix("instances_") for path in files)
 
     def __getitem__(self, index: int) -> Sample:
-        """Decode one image and its targets, then apply the transform, if any."""
-        image_id = self.image_ids[index]
+        image_id = self.sample_ids[index]
         image = tv_tensors.Image(read_image(self.image_path(image_id)))
         annotations = [
             annotation for annotation in self.coco.imgToAnns[image_id] if not annotation.get("iscrowd", 0)
@@ -87,36 +86,15 @@ class CocoInstances(Dataset[Sample]):
         path: Path = self.image_folder / self.coco.imgs[image_id]["file_name"]
         return path
 
-    def subset(self, image_ids: Iterable[int]) -> "CocoInstances":
-        """The same split, restricted to some of its images."""
-        return CocoInstances(self.root, self.split, image_ids=image_ids)
+    def digest(self) -> str:
+        with self.annotation_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def hold_out(self, num_images: int, seed: int) -> tuple["CocoInstances", "CocoInstances"]:
-        """Split off `num_images` at random: the rest, and the held-out ones.
-
-        Raises:
-            DataError: if fewer than one image would be left.
-        """
-        if not 0 < num_images < len(self):
-            raise DataError(
-                f"cannot hold out {num_images} images for the search from the {len(self)} of {self.split!r}: "
-                "lower data.num_search, or name a split with data.search"
-            )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = [self.image_ids[index] for index in order[:num_images]]
-        rest = [self.image_ids[index] for index in order[num_images:]]
-        return self.subset(rest), self.subset(held_out)
-
-    def verify_images(self, *, decode: bool, on_image: Callable[[], None] = lambda: None) -> None:
-        """Open every image, or decode it in full, and compare its size with the annotations.
-
-        Raises:
-            DataError: naming the first image that is missing, unreadable or of another size.
-        """
-        for image_id in self.image_ids:
+    def verify(self, *, decode: bool, on_sample: Callable[[], None] = lambda: None) -> None:
+        for image_id in self.sample_ids:
             path = self.image_path(image_id)
             record = self.coco.imgs[image_id]
-            with _open_image(path) as image:
+            with open_image(path) as image:
                 if image.size != (record["width"], record["height"]):
                     raise DataError(
                         f"{path} is {image.size[0]}×{image.size[1]} pixels, but {self.annotation_file} says "
@@ -124,7 +102,7 @@ class CocoInstances(Dataset[Sample]):
                     )
             if decode:
                 read_image(path)
-            on_image()
+            on_sample()
 
 
 def locate_split(root: Path, split: str) -> tuple[Path, Path]:
@@ -138,9 +116,7 @@ def locate_split(root: Path, split: str) -> tuple[Path, Path]:
         annotation_file = root / "annotations" / f"instances_{split}.json"
         name = split
     if not annotation_file.is_file():
-        known = sorted(
-            path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json")
-        )
+        known = CocoInstances.known_splits(root)
         raise DataError(f"{annotation_file} does not exist; {root} has the splits {known}")
     return annotation_file, root / name if (root / name).is_dir() else root
 
@@ -168,29 +144,6 @@ def read_annotations(annotation_file: Path, image_folder: Path) -> dict[str, Any
     if not categories:
         raise DataError(f"{annotation_file} lists no categories")
     return dict(dataset)
-
-
-def read_image(path: Path) -> torch.Tensor:
-    """Decode an image as RGB: [3, H, W] uint8.
-
-    Raises:
-        DataError: naming the file if it is missing, truncated or no image.
-    """
-    with _open_image(path) as image:
-        try:
-            pixels: torch.Tensor = pil_to_tensor(image.convert("RGB"))
-            return pixels
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path} cannot be decoded: {error}") from error
-
-
-def _open_image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError as error:
-        raise DataError(f"image {path} does not exist, but the annotations list it") from error
-    except OSError as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
 
 
 def _unique_ids(records: Sequence[dict[str, Any]], kind: str, annotation_file: Path) -> set[int]:

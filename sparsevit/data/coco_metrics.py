@@ -14,17 +14,24 @@ from torch import Tensor
 
 def average_precision(
     ground_truth: COCO, results: list[dict[str, Any]], image_ids: list[int], kind: str
-) -> float:
-    """COCO's AP, averaged over IoU 0.50 to 0.95, by the official evaluation; 0 without results."""
+) -> tuple[float, dict[int, float]]:
+    """COCO's AP, averaged over IoU 0.50 to 0.95, by the official evaluation; 0 without results.
+
+    Returns:
+        The mean over all categories, and the AP of every category that has ground truth.
+    """
     if not results:
-        return 0.0
+        return 0.0, {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), kind)
         evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return float(evaluation.stats[0])
+    # IoU thresholds, recalls, categories, areas (all), detections per image (most); -1 without truth
+    precision_TRK = evaluation.eval["precision"][:, :, :, 0, -1]
+    by_category = zip(evaluation.params.catIds, precision_TRK.mean(axis=(0, 1)).tolist(), strict=True)
+    return float(evaluation.stats[0]), {category: ap for category, ap in by_category if ap >= 0}
 
 
 def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:

@@ -9,9 +9,8 @@ Legend: S image side; masks are [S, S] booleans.
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from sparsevit.data.errors import DataError
+from sparsevit.data.generated import write_generated
 
 CLASSES = ("disc", "square", "triangle")
 PATTERNS = ("rings", "checks", "stripes")
@@ -44,46 +43,31 @@ class ShapesConfig:
 
 
 def write_shapes(root: Path, config: ShapesConfig, on_image: Callable[[], None] = lambda: None) -> None:
-    """Write all splits below `root` as ``<split>/*.jpg`` and ``annotations/instances_<split>.json``.
+    """Write all splits below `root` as ``<split>/*.jpg`` and ``annotations/instances_<split>.json``."""
 
-    Does nothing where the same configuration is already written in full. The folder appears
-    only when it is complete.
-    """
-    provenance = {"generator": "sparsevit.data.shapes", "config": {**asdict(config)}}
-    marker = root / "provenance.json"
-    if marker.is_file() and json.loads(marker.read_text()) == json.loads(json.dumps(provenance)):
-        return
-    if root.exists() and not marker.is_file():
-        raise DataError(
-            f"{root} exists and was not written by the shapes generator: choose another data.shapes.root"
-        )
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "annotations").mkdir(parents=True)
-    for number, (split, num_images) in enumerate(config.num_images.items()):
-        rng = np.random.default_rng((config.seed, number))
-        (partial / split).mkdir()
-        dataset = _write_split(partial / split, num_images, config, rng, on_image)
-        (partial / "annotations" / f"instances_{split}.json").write_text(json.dumps(dataset))
-    (partial / "provenance.json").write_text(json.dumps(provenance, indent=2))
-    shutil.rmtree(root, ignore_errors=True)
-    partial.rename(root)
+    def write_split(folder: Path, split: str, rng: np.random.Generator) -> None:
+        (folder / split).mkdir()
+        (folder / "annotations").mkdir(exist_ok=True)
+        dataset = _draw_split(folder / split, config.num_images[split], config, rng, on_image)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(dataset))
+
+    write_generated(root, __name__, config, write_split)
 
 
-def _write_split(
+def _draw_split(
     folder: Path,
     num_images: int,
     config: ShapesConfig,
     rng: np.random.Generator,
     on_image: Callable[[], None],
 ) -> dict[str, Any]:
+    size = config.image_size
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in range(1, num_images + 1):
         pixels, objects = draw_image(config, rng)
         file_name = f"{image_id:06d}.jpg"
         Image.fromarray(pixels).save(folder / file_name, quality=95)
-        size = config.image_size
         images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
         for annotation in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})

@@ -1,11 +1,9 @@
 """Tasks by name: ours, or yours as ``module:callable`` (docs/own-detector.md)."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsevit.tasks.instance_segmentation import InstanceSegmentation
-from sparsevit.tasks.mask_rcnn import MaskRCNNConfig
 from sparsevit.tasks.protocol import Task
 
 __all__ = ["Task", "create_task"]
@@ -27,8 +25,29 @@ def create_task(name: str, config: Mapping[str, Any]) -> Task:
             raise ValueError(f"task {name!r} cannot be imported: {error}") from error
         task: Task = create(config)
         return task
-    if name == "instance_segmentation":
-        return InstanceSegmentation(MaskRCNNConfig(**config))
-    raise ValueError(
-        f"unknown task {name!r}; choose one of instance_segmentation, or your own as module:callable"
-    )
+    if name not in TASKS:
+        raise ValueError(
+            f"unknown task {name!r}; choose one of {', '.join(TASKS)}, or your own as module:callable"
+        )
+    return TASKS[name](config)
+
+
+def _instance_segmentation(config: Mapping[str, Any]) -> Task:
+    from sparsevit.tasks.instance_segmentation import InstanceSegmentation
+    from sparsevit.tasks.mask_rcnn import MaskRCNNConfig
+
+    return InstanceSegmentation(MaskRCNNConfig(**config))
+
+
+def _semantic_segmentation(config: Mapping[str, Any]) -> Task:
+    # transformers takes seconds to import, and need not be there for the other tasks.
+    from sparsevit.tasks.mask2former import Mask2FormerConfig
+    from sparsevit.tasks.semantic_segmentation import SemanticSegmentation
+
+    return SemanticSegmentation(Mask2FormerConfig(**config))
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
+    "instance_segmentation": _instance_segmentation,
+    "semantic_segmentation": _semantic_segmentation,
+}

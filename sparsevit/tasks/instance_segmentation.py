@@ -1,14 +1,16 @@
 """Instance segmentation: mask AP of a Mask R-CNN on data in COCO format."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.data.sample import collate
+from sparsevit.data.sample import Transform, collate
+from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, SparseMaskRCNN, SparsePyramid
 from sparsevit.tasks.protocol import Batch
@@ -19,10 +21,23 @@ class InstanceSegmentation:
 
     metric = "mask_ap"
     metrics = ("box_ap", "mask_ap")
-    class_layers = r"cls_score|bbox_pred|mask_fcn_logits"
+    class_layers = r"^roi_heads\..*(cls_score|bbox_pred|mask_fcn_logits)"
+    foreign_prefixes: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: MaskRCNNConfig) -> None:
         self.config = config
+
+    @property
+    def data(self) -> type[DataSplit]:
+        # Imported here, so that a device that only runs the model does without pycocotools.
+        from sparsevit.data.coco import CocoInstances
+
+        return CocoInstances
+
+    def training_transform(self) -> Transform:
+        from sparsevit.data.augmentation import instance_augmentation
+
+        return instance_augmentation(self.config.image_size, self.config.scale_range)
 
     def build_model(self, backbone: SparseSwin) -> SparseMaskRCNN:
         return SparseMaskRCNN(backbone, self.config)
@@ -35,7 +50,7 @@ class InstanceSegmentation:
 
     def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
         device = next(model.parameters()).device
-        images = [image.to(device).as_subclass(Tensor) / 255 for image in batch[0]]
+        images = _inputs(batch[0], device)
         targets = [
             {key: target[key].to(device).as_subclass(Tensor) for key in ("boxes", "labels", "masks")}
             for target in batch[1]
@@ -47,15 +62,14 @@ class InstanceSegmentation:
     def evaluate(
         self,
         model: nn.Module,
-        dataset: Dataset[Any],
+        dataset: DataSplit,
         sparsity: SparsityVector | None,
         *,
         batch_size: int,
         device: torch.device,
         on_batch: Callable[[int], None] = lambda num_images: None,
     ) -> Mapping[str, float]:
-        """Box and mask AP by pycocotools, over the images of `dataset`."""
-        # Imported here, so that a device that only runs the model does without pycocotools.
+        """Box and mask AP by pycocotools, and the mask AP of every class that occurs."""
         from sparsevit.data.coco import CocoInstances
         from sparsevit.data.coco_metrics import average_precision, to_results
 
@@ -64,12 +78,36 @@ class InstanceSegmentation:
         model.eval()
         results: list[dict[str, Any]] = []
         for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
-            inputs = [image.to(device).as_subclass(Tensor) / 255 for image in images]
-            for target, detections in zip(targets, model(inputs, sparsity=sparsity), strict=True):
+            predictions = model(_inputs(images, device), sparsity=sparsity)
+            for target, detections in zip(targets, predictions, strict=True):
                 results += to_results(detections, target["image_id"], dataset.category_ids)
             on_batch(len(images))
         model.train(was_training)
+        box_ap, _ = average_precision(dataset.coco, results, dataset.sample_ids, "bbox")
+        mask_ap, by_category = average_precision(dataset.coco, results, dataset.sample_ids, "segm")
+        names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
         return {
-            "box_ap": average_precision(dataset.coco, results, dataset.image_ids, "bbox"),
-            "mask_ap": average_precision(dataset.coco, results, dataset.image_ids, "segm"),
+            "box_ap": box_ap,
+            "mask_ap": mask_ap,
+            **{f"mask_ap/{names[category]}": value for category, value in by_category.items()},
         }
+
+    @torch.inference_mode()
+    def draw(
+        self, model: nn.Module, dataset: DataSplit, index: int, sparsity: SparsityVector | None
+    ) -> Mapping[str, Tensor]:
+        from sparsevit.tasks.drawing import draw_instances
+
+        image, target = dataset[index]
+        (found,) = model(_inputs([image], next(model.parameters()).device), sparsity=sparsity)
+        is_sure = found["scores"] > 0.5
+        boxes, labels, masks = (found[key][is_sure].cpu() for key in ("boxes", "labels", "masks"))
+        names = dataset.class_names
+        return {
+            "ground truth": draw_instances(image, target["boxes"], target["labels"], target["masks"], names),
+            "prediction": draw_instances(image, boxes, labels, masks[:, 0] > 0.5, names),
+        }
+
+
+def _inputs(images: list[Any], device: torch.device) -> list[Tensor]:
+    return [image.to(device).as_subclass(Tensor) / 255 for image in images]

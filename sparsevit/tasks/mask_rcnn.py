@@ -18,21 +18,22 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from sparsevit.backbone import SparseSwin
+from sparsevit.data.sample import IMAGE_MEAN, IMAGE_STD
 from sparsevit.sparsity import SparsityVector
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class MaskRCNNConfig:
     """Widths and sampling of the detector. The defaults are those of the paper's recipe.
 
-    `image_size` is the side of the square that every image is resized to fit and padded to.
+    Attributes:
+        image_size: side of the square that every image is resized to fit and padded to.
+        scale_range: of the random resize in training, relative to that square.
     """
 
     num_classes: int
     image_size: int = 672
+    scale_range: tuple[float, float] = (0.5, 1.5)
     fpn_channels: int = 256
     box_channels: int = 1024
     mask_channels: int = 256

@@ -5,9 +5,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from sparsevit.backbone import SparseSwin
+from sparsevit.data.sample import Transform
+from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -29,6 +30,14 @@ class Task(Protocol):
         """Regular expression of the parameters whose shape depends on the number of classes."""
 
     @property
+    def foreign_prefixes(self) -> Mapping[str, str]:
+        """How names in checkpoints of other libraries begin, and how ours do; without the backbone."""
+
+    @property
+    def data(self) -> type[DataSplit]:
+        """The format of the data sets that the task reads."""
+
+    @property
     def config(self) -> Any:
         """The dataclass that the task was built from, for the export."""
 
@@ -38,17 +47,31 @@ class Task(Protocol):
     def backbone_of(self, model: nn.Module) -> SparseSwin:
         """The backbone inside a model that `build_model` made."""
 
+    def training_transform(self) -> Transform:
+        """The augmentation of training samples; it draws from PyTorch's global generator."""
+
     def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
         """The named losses of a batch, model in training mode. Their sum is minimised."""
 
     def evaluate(
         self,
         model: nn.Module,
-        dataset: Dataset[Any],
+        dataset: DataSplit,
         sparsity: SparsityVector | None,
         *,
         batch_size: int,
         device: torch.device,
         on_batch: Callable[[int], None] = lambda num_images: None,
     ) -> Mapping[str, float]:
-        """The official metrics on a data set, in [0, 1]."""
+        """The official metrics on a data set, in [0, 1].
+
+        Beside `metrics` it may give parts of them, such as ``iou/road``, for the report.
+        """
+
+    def draw(
+        self, model: nn.Module, dataset: DataSplit, index: int, sparsity: SparsityVector | None
+    ) -> Mapping[str, Tensor]:
+        """Pictures of one sample, [3, H, W] uint8 by name: the ground truth and what the model predicts.
+
+        The model is in evaluation mode and makes one forward pass.
+        """

@@ -19,22 +19,37 @@ def composed(*overrides: str, experiment: str = "coco") -> schema.ConfigSchema:
     return cast(schema.ConfigSchema, config)
 
 
-def tiny_run(folder: Path, *overrides: str) -> list[str]:
-    """Overrides that shrink the COCO experiment to seconds: the real stages on a dozen small images."""
-    return [
-        f"output={folder / 'out'}",
-        f"data.shapes.root={folder / 'data'}",
-        "data.shapes.num_images={train:12,search:6,report:6}",
-        "data.shapes.image_size=64",
+SMALL_MODELS = {
+    "coco": [
+        "data.generated.num_images={train:12,search:6,report:6}",
+        "data.generated.image_size=[64,64]",
         "task.image_size=64",
         "task.num_proposals=30",
         "task.num_rois_per_image=16",
+        "latency.image_size=[64,64]",
+    ],
+    "cityscapes": [
+        "data.generated.num_images={train:12,search:6,val:6}",
+        "data.generated.image_size=[64,128]",
+        "task.crop_size=[64,64]",
+        "task.feature_channels=32",
+        "task.num_points=64",
+        "latency.image_size=[64,128]",
+    ],
+}
+
+
+def tiny_run(folder: Path, *overrides: str, experiment: str = "coco") -> list[str]:
+    """Overrides that shrink an experiment to seconds: the real stages on a dozen small images."""
+    return [
+        f"output={folder / 'out'}",
+        f"data.generated.root={folder / 'data'}",
+        *SMALL_MODELS[experiment],
         "init=scratch",
         "train.epochs=1",
         "adapt.epochs=0.5",
         "finetune.epochs=0.5",
         "finetune.max_accuracy_drop=1",
-        "latency.image_size=[64,64]",
         "latency.num_vectors=10",
         "latency.num_held_out=4",
         "latency.num_rounds=2",
@@ -49,11 +64,11 @@ def tiny_run(folder: Path, *overrides: str) -> list[str]:
     ]
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
+def command(folder: Path, *overrides: str, experiment: str = "coco") -> list[str]:
     """The command line of a tiny run in `folder`."""
     return [
         sys.executable,
         str(ROOT / "pipelines" / "run.py"),
-        "+experiment=coco",
-        *tiny_run(folder, *overrides),
+        f"+experiment={experiment}",
+        *tiny_run(folder, *overrides, experiment=experiment),
     ]

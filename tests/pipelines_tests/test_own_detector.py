@@ -28,12 +28,12 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     data = tmp_path / "fruit"
     write_shapes(data, ShapesConfig(image_size=64, num_images={"train": 16, "val": 6}))
     (data / "provenance.json").unlink()  # it is the user's now
-    overrides = [each for each in tiny_run(tmp_path) if not each.startswith(("data.shapes", "task."))]
+    overrides = [each for each in tiny_run(tmp_path) if not each.startswith(("data.generated", "task."))]
     result = subprocess.run(
         [
             sys.executable, str(ROOT / "pipelines" / "run.py"), "--config-dir", str(tmp_path / "my_conf"),
             "+experiment=fruit", *overrides, f"data.root={data}", "data.num_search=4",
-            "task.image_size=64",
+            "task.options.image_size=64",
         ],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

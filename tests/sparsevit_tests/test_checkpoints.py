@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from sparsevit import SparseSwin, create_backbone, load_backbone_weights
 from sparsevit.checkpoints import CheckpointError, load_model_weights, read_weights, write_weights
@@ -100,6 +101,16 @@ def test_truncated_file(tmp_path: Path) -> None:
         read_weights(tmp_path / "cut.safetensors")
 
 
+def load(
+    task: InstanceSegmentation, model: nn.Module, path: Path, *, loads_classifier: bool = True
+) -> tuple[str, ...]:
+    return load_model_weights(
+        model, task.backbone_of(model), path,
+        class_layers=task.class_layers, foreign_prefixes=task.foreign_prefixes,
+        loads_classifier=loads_classifier,
+    )  # fmt: skip
+
+
 class Payload:
     """A class of ours inside a pickle: loading it would run code."""
 
@@ -129,25 +140,39 @@ def test_another_network_altogether(tmp_path: Path) -> None:
         load_backbone_weights(create_backbone("swin_t"), tmp_path / "resnet.pth")
 
 
-def test_model_of_other_classes_keeps_its_own_heads(tmp_path: Path) -> None:
+def test_model_of_other_classes(tmp_path: Path) -> None:
     task = small_task(3)
-    write_weights(tmp_path / "three.safetensors", task.build_model(create_backbone("swin_nano")).state_dict())
+    path = tmp_path / "three.safetensors"
+    write_weights(path, task.build_model(create_backbone("swin_nano")).state_dict())
     model = small_task(5).build_model(create_backbone("swin_nano"))
-    uncovered = load_model_weights(
-        model, task.backbone_of(model), tmp_path / "three.safetensors", class_layers=task.class_layers
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    message = (
+        r"another number of classes: .* is \[4\] there and \[6\] here. init_classifier=random loads all but"
     )
+    with pytest.raises(CheckpointError, match=message):
+        load(task, model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    uncovered = load(task, model, path, loads_classifier=False)
     assert len(uncovered) == 6
     assert all("predictor" in name for name in uncovered)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in uncovered)
+    saved = read_weights(path)
+    assert all(torch.equal(v, saved[n]) for n, v in model.state_dict().items() if n not in uncovered)
 
 
 def test_model_of_other_width_is_refused(tmp_path: Path) -> None:
     task = small_task()
     write_weights(tmp_path / "nano.safetensors", task.build_model(create_backbone("swin_nano")).state_dict())
-    model = task.build_model(create_backbone("swin_t"))
     with pytest.raises(CheckpointError, match="checkpoint of another model"):
-        load_model_weights(
-            model, task.backbone_of(model), tmp_path / "nano.safetensors", class_layers=task.class_layers
-        )
+        load(task, task.build_model(create_backbone("swin_t")), tmp_path / "nano.safetensors")
+
+
+def test_foreign_tensors_beside_the_model_are_refused(tmp_path: Path) -> None:
+    task = small_task()
+    model = task.build_model(create_backbone("swin_nano"))
+    write_weights(tmp_path / "more.safetensors", {**model.state_dict(), "extra.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="checkpoint of another model. Unexpected: extra.weight"):
+        load(task, model, tmp_path / "more.safetensors")
 
 
 def test_backbone_file_leaves_the_heads_uncovered(tmp_path: Path) -> None:
@@ -155,9 +180,7 @@ def test_backbone_file_leaves_the_heads_uncovered(tmp_path: Path) -> None:
     source = create_backbone("swin_nano")
     write_weights(tmp_path / "backbone.safetensors", source.state_dict())
     model = task.build_model(create_backbone("swin_nano"))
-    uncovered = load_model_weights(
-        model, task.backbone_of(model), tmp_path / "backbone.safetensors", class_layers=task.class_layers
-    )
+    uncovered = load(task, model, tmp_path / "backbone.safetensors")
     assert uncovered
     assert not any(name.startswith("backbone.body.") for name in uncovered)
     assert torch.equal(task.backbone_of(model).patch_embed.proj.weight, source.patch_embed.proj.weight)

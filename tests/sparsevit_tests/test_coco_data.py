@@ -67,7 +67,7 @@ def test_shapes_hold_every_kind_of_annotation(shapes: Path) -> None:
     assert any(annotation["iscrowd"] for annotation in annotations)
     assert any(isinstance(a["segmentation"], list) for a in annotations)
     assert any(isinstance(a["segmentation"], dict) and not a["iscrowd"] for a in annotations)
-    assert any(not dataset.coco.imgToAnns[image_id] for image_id in dataset.image_ids)
+    assert any(not dataset.coco.imgToAnns[image_id] for image_id in dataset.sample_ids)
     for annotation in annotations:
         assert dataset.coco.annToMask(annotation).sum() == annotation["area"]
 
@@ -77,7 +77,7 @@ def test_shapes_are_not_written_twice_nor_over_other_data(shapes: Path, tmp_path
     write_shapes(shapes, SMALL)
     assert before == {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
     (tmp_path / "mine").mkdir()
-    with pytest.raises(DataError, match="was not written by the shapes generator"):
+    with pytest.raises(DataError, match="was not written by a generator of this project"):
         write_shapes(tmp_path / "mine", SMALL)
 
 
@@ -114,7 +114,7 @@ def test_hold_out_is_disjoint_and_complete(shapes: Path) -> None:
     dataset = CocoInstances(shapes, "train")
     rest, held_out = dataset.hold_out(10, seed=0)
     assert len(held_out) == 10
-    assert sorted(rest.image_ids + held_out.image_ids) == dataset.image_ids
+    assert sorted(rest.sample_ids + held_out.sample_ids) == dataset.sample_ids
     with pytest.raises(DataError, match="cannot hold out 40 images .* lower data.num_search"):
         dataset.hold_out(40, seed=0)
 
@@ -193,19 +193,19 @@ def test_missing_unreadable_and_truncated_images(tiny_coco: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"a.png (cannot be decoded|is not a readable image)"):
-        dataset.verify_images(decode=True)
+        dataset.verify(decode=True)
     path.write_text("no image")
     with pytest.raises(DataError, match="a.png is not a readable image"):
-        dataset.verify_images(decode=False)
+        dataset.verify(decode=False)
     path.unlink()
     with pytest.raises(DataError, match="a.png does not exist, but the annotations list it"):
-        dataset.verify_images(decode=False)
+        dataset.verify(decode=False)
 
 
 def test_image_of_another_size(tiny_coco: Path) -> None:
     spoil(tiny_coco, lambda dataset: dataset["images"][0].update(width=21))
     with pytest.raises(DataError, match=r"is 20×10 pixels, but .* says 21×10"):
-        CocoInstances(tiny_coco, "val").verify_images(decode=False)
+        CocoInstances(tiny_coco, "val").verify(decode=False)
 
 
 def test_perfect_detections_have_average_precision_one(shapes: Path) -> None:
@@ -223,6 +223,6 @@ def test_perfect_detections_have_average_precision_one(shapes: Path) -> None:
         wrong = detections | {"labels": detections["labels"] % 3 + 1}
         shifted += to_results(wrong, target["image_id"], dataset.category_ids)
     for kind in ("bbox", "segm"):
-        assert average_precision(dataset.coco, results, dataset.image_ids, kind) == pytest.approx(1.0)
-        assert average_precision(dataset.coco, shifted, dataset.image_ids, kind) < 0.1
-    assert average_precision(dataset.coco, [], dataset.image_ids, "segm") == 0.0
+        assert average_precision(dataset.coco, results, dataset.sample_ids, kind)[0] == pytest.approx(1.0)
+        assert average_precision(dataset.coco, shifted, dataset.sample_ids, kind)[0] < 0.1
+    assert average_precision(dataset.coco, [], dataset.sample_ids, "segm")[0] == 0.0

@@ -107,6 +107,9 @@ def test_schedules() -> None:
     assert learning_rate_factor(10, cosine) == pytest.approx(1.0)
     assert learning_rate_factor(55, cosine) == pytest.approx(0.5)
     assert learning_rate_factor(100, cosine) == pytest.approx(0.0)
+    polynomial = TrainingConfig(num_steps=100, warmup_steps=0, schedule="polynomial")
+    assert learning_rate_factor(50, polynomial) == pytest.approx(0.5**0.9)
+    assert learning_rate_factor(100, polynomial) == 0.0
     steps = TrainingConfig(num_steps=12, warmup_steps=0, schedule="step")
     assert [learning_rate_factor(step, steps) for step in (0, 7, 8, 10, 11)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01]
@@ -115,7 +118,7 @@ def test_schedules() -> None:
 
 def test_norms_biases_and_bias_tables_do_not_decay() -> None:
     model = create_backbone("swin_nano")
-    decayed, plain = build_optimizer(model, TrainingConfig(num_steps=1)).param_groups
+    decayed, plain = build_optimizer(model, model, TrainingConfig(num_steps=1)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     table = model.get_parameter("stages.0.blocks.0.attn.relative_position_bias_table")
@@ -123,10 +126,21 @@ def test_norms_biases_and_bias_tables_do_not_decay() -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
+def test_the_backbone_may_have_a_rate_of_its_own() -> None:
+    backbone = create_backbone("swin_nano")
+    model = nn.ModuleDict({"backbone": backbone, "queries": nn.Embedding(4, 8), "head": nn.Linear(8, 8)})
+    groups = build_optimizer(model, backbone, TrainingConfig(num_steps=1, backbone_rate=0.1)).param_groups
+    rates = {id(p): (g["base_rate"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert all(rates[id(each)][0] == pytest.approx(1e-5) for each in backbone.parameters())
+    assert rates[id(model["head"].weight)] == (pytest.approx(1e-4), 0.05)
+    assert rates[id(model["queries"].weight)] == (pytest.approx(1e-4), 0.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": "linear"}, "schedule must be cosine or step, got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, polynomial, step, got 'linear'"),
         ({"precision": "fp8"}, "precision must be one of auto, bf16, fp32, got 'fp8'"),
         ({"batch_size": 0}, "batch_size at least 1"),
     ],

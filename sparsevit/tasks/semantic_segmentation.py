@@ -1,0 +1,103 @@
+"""Semantic segmentation: mean IoU of a Mask2Former on data in the layout of Cityscapes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sparsevit.backbone import SparseSwin
+from sparsevit.data.sample import Transform, collate
+from sparsevit.data.split import DataSplit
+from sparsevit.sparsity import SparsityVector
+from sparsevit.tasks.mask2former import FOREIGN_PREFIXES, Mask2FormerConfig, SparseMask2Former
+from sparsevit.tasks.protocol import Batch
+
+
+class SemanticSegmentation:
+    """The task of the Cityscapes experiment: mean IoU of a Mask2Former."""
+
+    metric = "miou"
+    metrics = ("miou",)
+    class_layers = r"^(class_predictor|criterion)\."
+    foreign_prefixes = FOREIGN_PREFIXES
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        self.config = config
+
+    @property
+    def data(self) -> type[DataSplit]:
+        from sparsevit.data.cityscapes import CityscapesFrames
+
+        return CityscapesFrames
+
+    def training_transform(self) -> Transform:
+        from sparsevit.data.augmentation import segmentation_augmentation
+
+        return segmentation_augmentation(self.config.crop_size, self.config.scale_range)
+
+    def build_model(self, backbone: SparseSwin) -> SparseMask2Former:
+        return SparseMask2Former(backbone, self.config)
+
+    def backbone_of(self, model: nn.Module) -> SparseSwin:
+        assert isinstance(model, SparseMask2Former)
+        return model.backbone
+
+    def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        labels = [target["labels"].to(device).as_subclass(Tensor) for target in batch[1]]
+        losses: dict[str, Tensor] = model(_inputs(batch[0], device), labels, sparsity)
+        return losses
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        model: nn.Module,
+        dataset: DataSplit,
+        sparsity: SparsityVector | None,
+        *,
+        batch_size: int,
+        device: torch.device,
+        on_batch: Callable[[int], None] = lambda num_images: None,
+    ) -> Mapping[str, float]:
+        """Mean IoU of whole images, and the IoU of every class that occurs."""
+        from sparsevit.data.segmentation_metrics import class_ious, confusion_matrix, mean_iou
+
+        was_training = model.training
+        model.eval()
+        num_classes = self.config.num_classes
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
+            predictions = model(_inputs(images, device), sparsity=sparsity)
+            for target, predicted in zip(targets, predictions, strict=True):
+                truth = target["labels"].as_subclass(Tensor)
+                confusion += confusion_matrix(truth, predicted.cpu(), num_classes)
+            on_batch(len(images))
+        model.train(was_training)
+        ious = class_ious(confusion)
+        by_class = zip(dataset.class_names, ious.tolist(), strict=True)
+        return {
+            "miou": mean_iou(ious),
+            **{f"iou/{name}": iou for name, iou in by_class if iou == iou},  # NaN: it does not occur
+        }
+
+    @torch.inference_mode()
+    def draw(
+        self, model: nn.Module, dataset: DataSplit, index: int, sparsity: SparsityVector | None
+    ) -> Mapping[str, Tensor]:
+        from sparsevit.data.cityscapes import CLASSES
+        from sparsevit.tasks.drawing import draw_label_map
+
+        image, target = dataset[index]
+        device = next(model.parameters()).device
+        (predicted,) = model(_inputs([image], device), sparsity=sparsity)
+        colours = [each.colour for each in CLASSES]
+        return {
+            "ground truth": draw_label_map(image, target["labels"], colours),
+            "prediction": draw_label_map(image, predicted.cpu(), colours),
+        }
+
+
+def _inputs(images: list[Any], device: torch.device) -> list[Tensor]:
+    return [image.to(device).as_subclass(Tensor) / 255 for image in images]

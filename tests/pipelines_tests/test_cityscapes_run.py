@@ -1,0 +1,64 @@
+"""The whole way for Cityscapes on a dozen small frames, by the same stages as every experiment."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.workflow import STAGES
+from sparsevit import load_exported
+from tests.pipelines_tests.configuration import command
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, by the command line."""
+    folder = tmp_path_factory.mktemp("cityscapes")
+    result = subprocess.run(
+        command(folder, experiment="cityscapes"), cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+def report_of(folder: Path) -> Path:
+    return next(folder.glob("out/cityscapes/stages/report-*"))
+
+
+def test_the_same_stages_and_the_same_table(finished: Path) -> None:
+    found = {path.parent.name.split("-")[0] for path in finished.glob("out/cityscapes/stages/*/result.json")}
+    assert found == {stage.name for stage in STAGES}
+    printed = (finished / "stdout.txt").read_text()
+    for words in ("cityscapes at scale embedded", "miou before", "miou after", "speed-up"):
+        assert words in printed
+
+
+def test_the_report_has_every_class_and_pictures(finished: Path) -> None:
+    report = report_of(finished)
+    classes = pd.read_csv(report / "classes.csv", index_col="class")
+    assert {"iou/road", "iou/sky", "iou/car"} <= set(classes.index)
+    assert classes["dense"].between(0, 1).all()
+    with Image.open(report / "pictures.png") as sheet:
+        assert min(sheet.size) > 500
+    page = (report / "report.html").read_text()
+    assert "iou/road" in page
+    assert "data:image/png;base64," in page
+
+
+def test_export_loads_and_predicts_label_maps(finished: Path) -> None:
+    model = load_exported(report_of(finished) / "export")
+    assert model.config["classes"][:2] == ["road", "sidewalk"]
+    with torch.inference_mode():
+        (label_map,) = model([torch.rand(3, 64, 100)])
+    assert label_map.shape == (64, 100)
+    assert int(label_map.max()) < 19
+
+
+def test_scores_of_the_front_are_of_the_metric_alone(finished: Path) -> None:
+    front = json.loads((report_of(finished) / "front.json").read_text())
+    assert all(set(member) >= {"miou", "latency_ms"} for member in front["members"])

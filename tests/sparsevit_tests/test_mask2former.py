@@ -1,0 +1,163 @@
+"""Mask2Former on the sparse backbone: equal to transformers' own, loadable from its checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Mask2FormerConfig as LibraryConfig,
+)
+from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
+
+from sparsevit import SparsityVector, create_backbone
+from sparsevit.backbone import BACKBONES
+from sparsevit.checkpoints import CheckpointError, load_model_weights
+from sparsevit.data.sample import IGNORED
+from sparsevit.precision import autocast
+from sparsevit.tasks.mask2former import Mask2FormerConfig, SparseMask2Former
+from sparsevit.tasks.semantic_segmentation import SemanticSegmentation
+
+SMALL = Mask2FormerConfig(
+    num_classes=5, crop_size=(64, 64), feature_channels=32, hidden_channels=48, encoder_hidden_channels=40,
+    encoder_layers=1, decoder_layers=2, num_heads=4, num_queries=7, num_points=64,
+)  # fmt: skip
+
+
+def load(model: SparseMask2Former, path: Path, *, loads_classifier: bool = True) -> tuple[str, ...]:
+    task = SemanticSegmentation(SMALL)
+    return load_model_weights(
+        model, model.backbone, path,
+        class_layers=task.class_layers, foreign_prefixes=task.foreign_prefixes,
+        loads_classifier=loads_classifier,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mask2FormerForUniversalSegmentation, Path]:
+    """A small Mask2Former with random weights, and the folder where transformers saved it."""
+    shape = BACKBONES["swin_nano"]
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(
+        LibraryConfig(
+            backbone_config=SwinConfig(
+                embed_dim=shape.embed_dim, depths=list(shape.depths), num_heads=list(shape.num_heads),
+                window_size=shape.window_size, out_features=["stage1", "stage2", "stage3", "stage4"],
+            ),
+            num_labels=5, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=40,
+            dim_feedforward=48, encoder_layers=1, decoder_layers=3, num_attention_heads=4, num_queries=7,
+            train_num_points=64,
+        )
+    ).eval()  # fmt: skip
+    folder = tmp_path_factory.mktemp("mask2former")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("size", [(256, 256), (256, 384), (160, 224)])
+def test_logits_equal_those_of_transformers(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path], size: tuple[int, int]
+) -> None:
+    theirs, folder = library
+    ours = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
+    assert load(ours, folder) == ()
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(images)
+        class_logits, mask_logits = ours.logits(images)
+    torch.testing.assert_close(class_logits[-1], expected.class_queries_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mask_logits[-1], expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_label_maps_equal_those_of_transformers(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path],
+) -> None:
+    """At 384×384, the size that the library's post-processing goes through."""
+    theirs, folder = library
+    ours = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
+    load(ours, folder)
+    image = torch.rand(3, 384, 384, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        (label_map,) = ours([image])
+        outputs = theirs(ours.to_batch([image])[0])
+    processor = Mask2FormerImageProcessor()
+    (expected,) = processor.post_process_semantic_segmentation(outputs, [(384, 384)])
+    assert (label_map == expected).float().mean() > 0.9999
+
+
+def test_losses_equal_those_of_transformers(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path],
+) -> None:
+    theirs, folder = library
+    ours = SparseMask2Former(create_backbone("swin_nano"), SMALL)
+    load(ours, folder)
+    images = [torch.rand(3, 160, 160, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    labels = [torch.zeros(160, 160, dtype=torch.uint8) for _ in images]
+    for each in labels:
+        each[:20], each[20:40, :30], each[60:] = 2, 4, IGNORED
+    classes = torch.tensor([0, 2, 4])
+    masks = [(each == classes.view(-1, 1, 1)).float() for each in labels]
+    torch.manual_seed(5)
+    losses = ours.train()(images, labels)
+    torch.manual_seed(5)
+    expected = theirs(ours.to_batch(images)[0], mask_labels=masks, class_labels=[classes, classes]).loss
+    torch.testing.assert_close(torch.stack(list(losses.values())).sum(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoint_of_another_number_of_classes(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path],
+) -> None:
+    model = SparseMask2Former(
+        create_backbone("swin_nano"), Mask2FormerConfig(**{**vars(SMALL), "num_classes": 9})
+    )
+    message = (
+        r"another number of classes: .* \[6\] there and \[10\] here. init_classifier=random loads all but"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load(model, library[1])
+    uncovered = load(model, library[1], loads_classifier=False)
+    assert uncovered == ("class_predictor.bias", "class_predictor.weight", "criterion.empty_weight")
+
+
+def test_checkpoint_of_another_width(library: tuple[Mask2FormerForUniversalSegmentation, Path]) -> None:
+    model = SparseMask2Former(
+        create_backbone("swin_nano"), Mask2FormerConfig(**{**vars(SMALL), "num_queries": 9})
+    )
+    with pytest.raises(
+        CheckpointError, match="checkpoint of another model. Of another shape: transformer.quer"
+    ):
+        load(model, library[1])
+
+
+def test_images_of_any_size_and_a_vector() -> None:
+    model = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
+    images = [torch.rand(3, 50, 70), torch.rand(3, 64, 41)]
+    with torch.inference_mode():
+        dense = model(images)
+        sparse = model(images, sparsity=SparsityVector((0.5,) * 6))
+    for maps in (dense, sparse):
+        assert [tuple(each.shape) for each in maps] == [(50, 70), (64, 41)]
+        assert all(each.dtype == torch.uint8 and int(each.max()) < 5 for each in maps)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_step_under_autocast(precision: str) -> None:
+    model = SparseMask2Former(create_backbone("swin_nano"), SMALL).train()
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    labels = [
+        torch.randint(0, 5, (64, 64), dtype=torch.uint8),
+        torch.full((64, 64), IGNORED, dtype=torch.uint8),
+    ]
+    with autocast(precision, torch.device("cpu")):
+        losses = model(images, labels, SparsityVector((0.4,) * 6))
+    assert set(losses) == {"loss_cross_entropy", "loss_mask", "loss_dice"}
+    total: Tensor = torch.stack(list(losses.values())).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert without == []
+
+
+def test_a_batch_without_any_label_trains() -> None:
+    model = SparseMask2Former(create_backbone("swin_nano"), SMALL).train()
+    losses = model([torch.rand(3, 64, 64)], [torch.full((64, 64), IGNORED, dtype=torch.uint8)])
+    assert all(value.isfinite() for value in losses.values())
