@@ -1,14 +1,15 @@
-# make run    set up and run the COCO experiment        make test   set up and run the tests
+# make run    set up and run an experiment (coco)       make test   set up and run the tests
 # make check  lint and types                            make clean  remove what was set up (not outputs/)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+EXPERIMENT ?= coco
 
 .PHONY: run test lint types check clean
 
 run: $(VENV)/installed
-	$(BIN)/python pipelines/run.py +experiment=coco $(ARGS)
+	$(BIN)/python pipelines/run.py +experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
