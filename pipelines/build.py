@@ -21,6 +21,7 @@ from search.selection import RULES
 from search.warm_start import warm_start
 from sparsevit.adaptation import sampling_law
 from sparsevit.backbone import BACKBONES, SparseSwin, create_backbone
+from sparsevit.data.drives import DrivesConfig, write_drives
 from sparsevit.data.errors import DataError
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.data.split import DataSplit
@@ -31,7 +32,7 @@ from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task, create_task
 from sparsevit.training import TrainingConfig
 
-GENERATORS = ("shapes", "streets")
+GENERATORS = ("shapes", "streets", "drives")
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 CHEAP_QUANTITIES = ("latency_ms", "macs_g")
 
@@ -296,8 +297,11 @@ def generator(config: ConfigSchema) -> Callable[[Path, Callable[[], None]], None
     if name == "shapes":
         shapes = ShapesConfig(image_size=size[0], **fields)
         return lambda root, on_image: write_shapes(root, shapes, on_image)
-    streets = StreetsConfig(image_size=tuple(size), **fields)
-    return lambda root, on_image: write_streets(root, streets, on_image)
+    if name == "streets":
+        streets = StreetsConfig(image_size=tuple(size), **fields)
+        return lambda root, on_image: write_streets(root, streets, on_image)
+    drives = DrivesConfig(image_size=tuple(size), **fields)
+    return lambda root, on_image: write_drives(root, drives, on_image)
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -319,10 +323,12 @@ def flat(node: Any, prefix: str = "") -> Mapping[str, Any]:
 
 
 def _find_split(data: type[DataSplit], root: Path, *names: str, is_optional: bool = False) -> Any:
-    """The split of that name, or the only one whose name begins with it."""
+    """The split of that name, or the only one whose name begins or ends with it."""
     known = data.known_splits(root)
     for name in names:
-        matching = [split for split in known if split == name] or [s for s in known if s.startswith(name)]
+        matching = [split for split in known if split == name] or [
+            split for split in known if split.startswith(name) or split.endswith(f"_{name}")
+        ]
         if len(matching) == 1:
             return matching[0]
     if is_optional:

@@ -49,6 +49,25 @@ class SemanticSegmentationSchema(TaskSchema):
 
 
 @dataclass
+class Detection3DSchema(TaskSchema):
+    """As `sparsevit.tasks.bevdet.BEVDetConfig`."""
+
+    input_size: list[int] = MISSING
+    neck_channels: int = MISSING
+    view_channels: int = MISSING
+    bev_channels: int = MISSING
+    head_channels: int = MISSING
+    depth_range: list[float] = MISSING
+    extent: float = MISSING
+    cell: float = MISSING
+    resize_range: list[float] = MISSING
+    rotation: float = MISSING
+    bev_rotation: float = MISSING
+    bev_scale_range: list[float] = MISSING
+    min_score: float = MISSING
+
+
+@dataclass
 class OwnTaskSchema(TaskSchema):
     """A task of the user's own, ``module:callable``, takes whatever `options` it wants."""
 
@@ -250,6 +269,7 @@ def register() -> None:
     for name, node in (
         ("instance_segmentation", InstanceSegmentationSchema),
         ("semantic_segmentation", SemanticSegmentationSchema),
+        ("detection_3d", Detection3DSchema),
         ("own", OwnTaskSchema),
     ):
         store.store(group="task_schema", name=name, node=node)

@@ -47,7 +47,15 @@ def _semantic_segmentation(config: Mapping[str, Any]) -> Task:
     return SemanticSegmentation(Mask2FormerConfig(**config))
 
 
+def _detection_3d(config: Mapping[str, Any]) -> Task:
+    from sparsevit.tasks.bevdet import BEVDetConfig
+    from sparsevit.tasks.detection_3d import Detection3D
+
+    return Detection3D(BEVDetConfig(**config))
+
+
 TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
     "instance_segmentation": _instance_segmentation,
     "semantic_segmentation": _semantic_segmentation,
+    "detection_3d": _detection_3d,
 }

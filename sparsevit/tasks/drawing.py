@@ -38,7 +38,7 @@ def draw_instances(
     drawn = image.as_subclass(Tensor)
     if len(boxes) == 0:
         return drawn
-    palette = [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels.tolist()]
+    palette = [COLOURS[(label - 1) % len(COLOURS)] for label in labels.tolist()]
     if masks is not None:
         drawn = draw_segmentation_masks(drawn, masks.bool().as_subclass(Tensor), alpha=0.5, colors=palette)
     names = [class_names[label - 1] for label in labels.tolist()]
@@ -46,7 +46,7 @@ def draw_instances(
     return framed
 
 
-_COLOURS: tuple[Colour, ...] = (
+COLOURS: tuple[Colour, ...] = (
     (230, 60, 60), (60, 160, 240), (250, 190, 40), (70, 190, 90), (170, 90, 210), (250, 130, 50),
     (90, 210, 210), (230, 90, 170),
 )  # fmt: skip

@@ -1,0 +1,124 @@
+"""3D detection: the official metrics of nuScenes for a BEVDet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sparsevit.backbone import SparseSwin
+from sparsevit.data.sample import Transform, collate
+from sparsevit.data.split import DataSplit
+from sparsevit.sparsity import SparsityVector
+from sparsevit.tasks.bevdet import FOREIGN_PREFIXES, BEVDetConfig, SparseBEVDet
+from sparsevit.tasks.lift_splat import Cameras
+from sparsevit.tasks.protocol import Batch
+
+
+class Detection3D:
+    """The task of the nuScenes experiment: mAP of a BEVDet."""
+
+    metric = "map"
+    metrics = ("map", "nds", "mate", "mase", "maoe", "mave", "maae")
+    class_layers = r"^head\.branches\.\d+\.heat\.1\."
+    foreign_prefixes = FOREIGN_PREFIXES
+
+    def __init__(self, config: BEVDetConfig) -> None:
+        self.config = config
+
+    @property
+    def data(self) -> type[DataSplit]:
+        from sparsevit.data.nuscenes import NuScenesSamples
+
+        return NuScenesSamples
+
+    def training_transform(self) -> Transform:
+        from sparsevit.data.camera_views import camera_augmentation
+
+        config = self.config
+        return camera_augmentation(
+            config.input_size,
+            resize_range=config.resize_range,
+            degrees=config.rotation,
+            bev_degrees=config.bev_rotation,
+            bev_scale_range=config.bev_scale_range,
+        )
+
+    def build_model(self, backbone: SparseSwin) -> SparseBEVDet:
+        return SparseBEVDet(backbone, self.config)
+
+    def backbone_of(self, model: nn.Module) -> SparseSwin:
+        assert isinstance(model, SparseBEVDet)
+        return model.backbone
+
+    def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for target in batch[1]]
+        losses: dict[str, Tensor] = model(_inputs(batch[0], device), _cameras(batch[1]), targets, sparsity)
+        return losses
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        model: nn.Module,
+        dataset: DataSplit,
+        sparsity: SparsityVector | None,
+        *,
+        batch_size: int,
+        device: torch.device,
+        on_batch: Callable[[int], None] = lambda num_images: None,
+    ) -> Mapping[str, float]:
+        """mAP, NDS and the five true-positive errors of the devkit, and the AP of every class."""
+        from sparsevit.data.nuscenes import NuScenesSamples
+        from sparsevit.data.nuscenes_metrics import detection_metrics, to_results
+
+        assert isinstance(dataset, NuScenesSamples)
+        was_training = model.training
+        model.eval()
+        results: dict[str, list[dict[str, Any]]] = {}
+        for images, targets in DataLoader(self._seen(dataset), batch_size, collate_fn=collate):
+            detections = model(_inputs(images, device), _cameras(targets), sparsity=sparsity)
+            for target, found in zip(targets, detections, strict=True):
+                token = target["sample_id"]
+                results[token] = to_results(
+                    found.boxes, found.scores, found.labels, token, target["ego_to_global"]
+                )
+            on_batch(len(images))
+        model.train(was_training)
+        return detection_metrics(dataset.tables, dataset.sample_ids, results)
+
+    @torch.inference_mode()
+    def draw(
+        self, model: nn.Module, dataset: DataSplit, index: int, sparsity: SparsityVector | None
+    ) -> Mapping[str, Tensor]:
+        from sparsevit.tasks.drawing_3d import draw_cameras, draw_ground
+
+        images, target = self._seen(dataset)[index]
+        device = next(model.parameters()).device
+        (found,) = model(_inputs([images], device), _cameras([target]), sparsity=sparsity)
+        cameras = Cameras(*(target[name] for name in Cameras._fields))
+        pictures: dict[str, Tensor] = {}
+        for title, boxes, labels in (
+            ("ground truth", target["boxes"], target["labels"]),
+            ("prediction", found.boxes.cpu(), found.labels.cpu()),
+        ):
+            pictures[title] = draw_cameras(images, boxes, labels, cameras)
+            pictures[f"{title}, from above"] = draw_ground(boxes, labels, self.config.extent)
+        return pictures
+
+    def _seen(self, dataset: DataSplit) -> DataSplit:
+        """The data set as the evaluation looks at it."""
+        from sparsevit.data.camera_views import camera_inputs
+
+        seen = dataset.subset(dataset.sample_ids)
+        seen.transform = camera_inputs(self.config.input_size)
+        return seen
+
+
+def _inputs(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [each.to(device) / 255 for each in images]
+
+
+def _cameras(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    return [{name: target[name] for name in Cameras._fields} for target in targets]
