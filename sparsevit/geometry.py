@@ -35,8 +35,10 @@ def transform(matrix: Tensor, points_P3: Tensor) -> Tensor:
     return points_P3 @ matrix[..., :3, :3].transpose(-1, -2) + matrix[..., None, :3, 3]
 
 
-def box_corners(boxes_I9: Tensor) -> Tensor:
+def box_corners(boxes_I9: Tensor, rotations_I33: Tensor | None = None) -> Tensor:
     """The eight corners of boxes: [I, 8, 3].
+
+    Boxes stand upright, turned by their yaw, unless their `rotations_I33` are given.
 
     The first four are the front side (towards positive x of the box): upper left, upper right, lower
     right, lower left, seen from inside; the last four are those of the back side in the same order.
@@ -45,10 +47,12 @@ def box_corners(boxes_I9: Tensor) -> Tensor:
         [[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1], [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]]
     )
     local_I83 = signs * boxes_I9[:, None, 3:6] / 2
-    cosine, sine = boxes_I9[:, 6].cos()[:, None], boxes_I9[:, 6].sin()[:, None]
-    x, y, z = local_I83.unbind(-1)
-    turned = torch.stack((cosine * x - sine * y, sine * x + cosine * y, z), dim=-1)
-    return turned + boxes_I9[:, None, :3]
+    if rotations_I33 is None:
+        cosine, sine = boxes_I9[:, 6].cos(), boxes_I9[:, 6].sin()
+        zero, one = torch.zeros_like(sine), torch.ones_like(sine)
+        rows = (cosine, -sine, zero, sine, cosine, zero, zero, zero, one)
+        rotations_I33 = torch.stack(rows, dim=1).view(-1, 3, 3)
+    return local_I83 @ rotations_I33.transpose(1, 2) + boxes_I9[:, None, :3]
 
 
 def project(points_P3: Tensor, ego_to_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class NuScenesSamples(DataSplit):
 
     An item is the images of its six cameras, [N, 3, H, W] uint8 in the order of `CAMERAS`, and a target:
     ``boxes`` [I, 9] in the ego frame (columns: `sparsevit.geometry.BOX_FIELDS`; NaN where a velocity is
-    not known), ``labels`` [I] (place in `CLASSES`), ``intrinsics`` [N, 3, 3], ``camera_to_ego``
+    not known), ``rotations`` [I, 3, 3] of the boxes with all their tilt, ``labels`` [I] (place in `CLASSES`), ``intrinsics`` [N, 3, 3], ``camera_to_ego``
     [N, 4, 4], ``ego_to_global`` [4, 4], ``sample_id``, the token.
 
     Boxes without a lidar or radar point are left out, as in the official evaluation.
@@ -86,10 +86,11 @@ class NuScenesSamples(DataSplit):
         images = torch.stack([read_image(self.image_path(token, camera)) for camera in CAMERAS])
         ego_to_global = self._pose(record["data"].get(REFERENCE, record["data"]["CAM_FRONT"]))
         sensors = [self._camera(record["data"][camera]) for camera in CAMERAS]
-        boxes, labels = self._boxes(record, ego_to_global)
+        boxes, rotations, labels = self._boxes(record, ego_to_global)
         global_to_ego = torch.linalg.inv(ego_to_global)
         target = {
             "boxes": boxes.float(),
+            "rotations": rotations.float(),
             "labels": labels,
             "intrinsics": torch.stack([intrinsics for intrinsics, _ in sensors]).float(),
             "camera_to_ego": torch.stack([global_to_ego @ pose for _, pose in sensors]).float(),
@@ -139,10 +140,10 @@ class NuScenesSamples(DataSplit):
         intrinsics = torch.tensor(sensor["camera_intrinsic"], dtype=torch.float64)
         return intrinsics, self._pose(sample_data) @ _matrix(sensor)
 
-    def _boxes(self, record: dict[str, Any], ego_to_global: Tensor) -> tuple[Tensor, Tensor]:
+    def _boxes(self, record: dict[str, Any], ego_to_global: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from nuscenes.eval.detection.utils import category_to_detection_name
 
-        boxes, labels = [], []
+        boxes, rotations, labels = [], [], []
         global_to_ego = torch.linalg.inv(ego_to_global)
         for annotation in record["anns"]:
             each = self.tables.get("sample_annotation", annotation)
@@ -154,8 +155,13 @@ class NuScenesSamples(DataSplit):
             velocity = global_to_ego[:3, :3] @ torch.from_numpy(self.tables.box_velocity(annotation))
             yaw = torch.atan2(pose[1, 0], pose[0, 0])
             boxes.append([*pose[:3, 3].tolist(), length, width, height, float(yaw), *velocity[:2].tolist()])
+            rotations.append(pose[:3, :3])
             labels.append(CLASSES.index(name))
-        return torch.tensor(boxes, dtype=torch.float64).reshape(-1, 9), torch.tensor(labels, dtype=torch.int64)
+        return (
+            torch.tensor(boxes, dtype=torch.float64).reshape(-1, 9),
+            torch.stack(rotations) if rotations else torch.zeros(0, 3, 3),
+            torch.tensor(labels, dtype=torch.int64),
+        )
 
 
 def locate_version(root: Path, split: str) -> str:

@@ -98,8 +98,8 @@ def detection_metrics(
     evaluation = DetectionEval.__new__(DetectionEval)  # its constructor wants files and a whole split
     evaluation.nusc, evaluation.cfg, evaluation.verbose = tables, config, False
     evaluation.pred_boxes, evaluation.gt_boxes = (
-        filter_eval_boxes(tables, add_center_dist(tables, boxes), config.class_range)
-        for boxes in (predicted, truth)
+        filter_eval_boxes(tables, add_center_dist(tables, boxes), config.class_range) if boxes.all else boxes
+        for boxes in (predicted, truth)  # the devkit cannot filter what is empty
     )
     metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
