@@ -144,9 +144,7 @@ def space(config: ConfigSchema) -> SparsitySpace:
 
 def backbone(config: ConfigSchema) -> SparseSwin:
     fields = config.backbone
-    return create_backbone(
-        fields.name, drop_path_rate=fields.drop_path_rate, checkpoints=fields.checkpoints
-    )
+    return create_backbone(fields.name, drop_path_rate=fields.drop_path_rate, checkpoints=fields.checkpoints)
 
 
 def task(config: ConfigSchema, num_classes: int) -> Task:

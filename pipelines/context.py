@@ -103,7 +103,7 @@ class Run:
         if weights is not None:
             uncovered = load_model_weights(
                 model, self.task.backbone_of(model), weights,
-                class_layers=self.task.class_layers, foreign_prefixes=self.task.foreign_prefixes,
+                class_layers=self.task.class_layers, foreign_names=self.task.foreign_names,
                 loads_classifier=loads_classifier,
             )  # fmt: skip
         return model.to(self.device), uncovered

@@ -1,7 +1,7 @@
 """Weights of a whole model: everything, all but the class-dependent layers, or the backbone alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,24 +17,25 @@ def load_model_weights(
     path: Path,
     *,
     class_layers: str,
-    foreign_prefixes: Mapping[str, str],
+    foreign_names: Sequence[tuple[str, str]],
     loads_classifier: bool = True,
 ) -> tuple[str, ...]:
     """Load a checkpoint into a dense model and return the tensors that it did not cover.
 
     The file may be one of this project, one of another library whose names are ours but for
-    `foreign_prefixes` and the backbone, or one of a backbone alone, which leaves all else as it is.
+    `foreign_names` and the backbone, or one of a backbone alone, which leaves all else as it is.
 
     Args:
         class_layers: regular expression of the class-dependent parameters.
-        foreign_prefixes: how names begin in the other library, and in our model.
+        foreign_names: regular expressions of names in other libraries, and what ours have instead; the
+            first that is found counts.
         loads_classifier: whether the class-dependent layers are taken from the file too; else they keep
             their values, whatever their shape there.
 
     Raises:
         CheckpointError: if the file is unusable, of another model, or of another number of classes.
     """
-    weights = {_ours(name, foreign_prefixes): value for name, value in read_weights(path).items()}
+    weights = {_ours(name, foreign_names): value for name, value in read_weights(path).items()}
     own = model.state_dict()
     prefix = {id(module): name for name, module in model.named_modules()}[id(backbone)] + "."
     head = {name for name in own if not name.startswith(prefix)}
@@ -84,8 +85,6 @@ def _check_is_backbone(rest: Weights, prefix: str, own: Mapping[str, Tensor], pa
             )
 
 
-def _ours(name: str, foreign_prefixes: Mapping[str, str]) -> str:
-    for theirs, ours in foreign_prefixes.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+def _ours(name: str, foreign_names: Sequence[tuple[str, str]]) -> str:
+    renamed = (re.subn(theirs, ours, name) for theirs, ours in foreign_names)
+    return next((new for new, count in renamed if count), name)

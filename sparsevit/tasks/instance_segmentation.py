@@ -1,7 +1,6 @@
 """Instance segmentation: mask AP of a Mask R-CNN on data in COCO format."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ class InstanceSegmentation:
     metric = "mask_ap"
     metrics = ("box_ap", "mask_ap")
     class_layers = r"^roi_heads\..*(cls_score|bbox_pred|mask_fcn_logits)"
-    foreign_prefixes: Mapping[str, str] = MappingProxyType({})
+    foreign_names = ()
 
     def __init__(self, config: MaskRCNNConfig) -> None:
         self.config = config

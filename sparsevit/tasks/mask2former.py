@@ -21,10 +21,10 @@ from sparsevit.sparsity import SparsityVector
 
 SIZE_DIVISOR = 32
 """Images are padded at the bottom and right to multiples of it, as the library's processor does."""
-FOREIGN_PREFIXES = {
-    "model.pixel_level_module.decoder.": "pixel_decoder.",
-    "model.transformer_module.": "transformer.",
-}
+FOREIGN_NAMES = (
+    (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
+    (r"^model\.transformer_module\.", "transformer."),
+)
 """Where transformers keeps what our model has under another name; the backbone is found by itself."""
 
 

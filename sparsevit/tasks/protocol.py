@@ -1,6 +1,6 @@
 """What a task is: the seam between the supernet and everything that trains or scores it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +30,11 @@ class Task(Protocol):
         """Regular expression of the parameters whose shape depends on the number of classes."""
 
     @property
-    def foreign_prefixes(self) -> Mapping[str, str]:
-        """How names in checkpoints of other libraries begin, and how ours do; without the backbone."""
+    def foreign_names(self) -> Sequence[tuple[str, str]]:
+        """Regular expressions of names in other libraries' checkpoints, and what ours have instead.
+
+        The first that is found counts. The backbone is recognised without.
+        """
 
     @property
     def data(self) -> type[DataSplit]:

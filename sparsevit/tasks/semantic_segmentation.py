@@ -11,7 +11,7 @@ from sparsevit.backbone import SparseSwin
 from sparsevit.data.sample import Transform, collate
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
-from sparsevit.tasks.mask2former import FOREIGN_PREFIXES, Mask2FormerConfig, SparseMask2Former
+from sparsevit.tasks.mask2former import FOREIGN_NAMES, Mask2FormerConfig, SparseMask2Former
 from sparsevit.tasks.protocol import Batch
 
 
@@ -21,7 +21,7 @@ class SemanticSegmentation:
     metric = "miou"
     metrics = ("miou",)
     class_layers = r"^(class_predictor|criterion)\."
-    foreign_prefixes = FOREIGN_PREFIXES
+    foreign_names = FOREIGN_NAMES
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         self.config = config

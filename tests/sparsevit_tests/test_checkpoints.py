@@ -106,7 +106,7 @@ def load(
 ) -> tuple[str, ...]:
     return load_model_weights(
         model, task.backbone_of(model), path,
-        class_layers=task.class_layers, foreign_prefixes=task.foreign_prefixes,
+        class_layers=task.class_layers, foreign_names=task.foreign_names,
         loads_classifier=loads_classifier,
     )  # fmt: skip
 

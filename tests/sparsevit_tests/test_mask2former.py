@@ -28,7 +28,7 @@ def load(model: SparseMask2Former, path: Path, *, loads_classifier: bool = True)
     task = SemanticSegmentation(SMALL)
     return load_model_weights(
         model, model.backbone, path,
-        class_layers=task.class_layers, foreign_prefixes=task.foreign_prefixes,
+        class_layers=task.class_layers, foreign_names=task.foreign_names,
         loads_classifier=loads_classifier,
     )  # fmt: skip
 
