@@ -31,7 +31,29 @@ CLASS_GROUPS = (
 """The task groups of nuScenes, with CenterPoint's radii."""
 
 
-FOREIGN_PREFIXES: Mapping[str, str] = {}  # TODO
+_MAP_NAMES = {
+    "reg": "offset", "height": "height", "dim": "size", "rot": "heading", "vel": "velocity", "heatmap": "heat",
+}  # fmt: skip
+FOREIGN_NAMES = (
+    (r"^img_neck\.conv\.", "neck.merge."),
+    (r"^img_view_transformer\.depth_?net\.", "view.projection."),
+    (r"^img_bev_encoder_backbone\.layers\.", "encoder.stages."),
+    (r"^img_bev_encoder_neck\.conv\.", "encoder.neck.merge."),
+    (r"^img_bev_encoder_neck\.up2\.1\.", "encoder.neck.refine.0."),
+    (r"^img_bev_encoder_neck\.up2\.2\.", "encoder.neck.refine.1."),
+    (r"^img_bev_encoder_neck\.up2\.4\.", "encoder.neck.refine.3."),
+    (r"^pts_bbox_head\.shared_conv\.conv\.", "head.shared.0."),
+    (r"^pts_bbox_head\.shared_conv\.bn\.", "head.shared.1."),
+    *(
+        (rf"^pts_bbox_head\.task_heads\.(\d+)\.{theirs}\.{inner}", rf"head.branches.\1.{ours}.{ours_inner}")
+        for theirs, ours in _MAP_NAMES.items()
+        for inner, ours_inner in ((r"0\.conv\.", "0.0."), (r"0\.bn\.", "0.1."), (r"1\.", "1."))
+    ),
+)
+"""Where BEVDet's public code (mmdet3d) keeps our tensors; its Swin is found by itself (``img_backbone``).
+
+From its version 2 on, where the ego frame, sizes (length, width, height) and headings are ours too.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """CenterPoint's head (arXiv 2006.11275): boxes as peaks of a heat map, for groups of classes.
 
-Legend: B samples; X, Y cells; K classes of a group; I boxes of a sample; T boxes that are regressed.
+Legend: B samples; Y, X cells, rows along y, columns along x; K classes of a group; I boxes of a sample; T boxes that are regressed.
 """
 
 import math
@@ -81,7 +81,7 @@ class CenterHead(nn.Module):
             nn.init.constant_(last.bias, -math.log(1 / INITIAL_HEAT - 1))
 
     def forward(self, bev: Tensor) -> list[dict[str, Tensor]]:
-        """Maps by name, [B, channels, X, Y], for every group; ``heat`` in logits."""
+        """Maps by name, [B, channels, Y, X], for every group; ``heat`` in logits."""
         shared = self.shared(bev)
         return [
             {name: branch(shared).float() for name, branch in branches.items()}  # type: ignore[operator]
@@ -125,7 +125,7 @@ class CenterHead(nn.Module):
                 int(gaussian_radius(float(box[3]) / self.grid.cell, float(box[4]) / self.grid.cell)),
             )
             channel = heat[group.labels.index(label)]
-            draw_gaussian(channel, int(x), int(y), radius)
+            draw_gaussian(channel, int(y), int(x), radius)
         regressed = {
             "offset": column - cell,
             "height": boxes[:, 2:3],
@@ -133,7 +133,7 @@ class CenterHead(nn.Module):
             "heading": torch.stack((boxes[:, 6].sin(), boxes[:, 6].cos()), dim=1),
             "velocity": boxes[:, 7:9],
         }
-        return GroupTargets(heat, (cell[:, 0] * side + cell[:, 1]).long(), regressed)
+        return GroupTargets(heat, (cell[:, 1] * side + cell[:, 0]).long(), regressed)
 
     def decode(self, maps: Sequence[Mapping[str, Tensor]]) -> list[Detections]:
         """The boxes of every sample, in the frame of the bird's-eye view."""
@@ -152,7 +152,7 @@ class CenterHead(nn.Module):
         cells = index % num_cells
         labels = torch.tensor(group.labels, device=heat.device)[index // num_cells]
         values = {name: maps[name][sample].flatten(1)[:, cells].T for name in REGRESSED}
-        corner = torch.stack((cells // self.grid.size, cells % self.grid.size), dim=1)
+        corner = torch.stack((cells % self.grid.size, cells // self.grid.size), dim=1)
         boxes = torch.cat(
             (
                 self.grid.centre_of(corner + values["offset"]),
@@ -189,8 +189,8 @@ class GroupTargets:
     """What the maps of a group should be.
 
     Attributes:
-        heat: [K, X, Y] in [0, 1], 1 at a centre.
-        cells: of the boxes, ``x · Y + y``: [T].
+        heat: [K, Y, X] in [0, 1], 1 at a centre.
+        cells: of the boxes, ``y · X + x``: [T].
         regressed: by the names of `REGRESSED`: [T, channels].
     """
 
@@ -222,17 +222,17 @@ def gaussian_radius(length: float, width: float, overlap: float = MIN_OVERLAP) -
     return min(moved / 2, shrunk / 4, grown / 4)
 
 
-def draw_gaussian(heat_XY: Tensor, x: int, y: int, radius: int) -> None:
+def draw_gaussian(heat_YX: Tensor, y: int, x: int, radius: int) -> None:
     """Raise a heat map, in place, to a bell around a cell."""
     sigma = (2 * radius + 1) / 6
     rows, columns = (
-        torch.arange(max(0, centre - radius), min(size, centre + radius + 1), device=heat_XY.device)
-        for centre, size in ((x, heat_XY.shape[0]), (y, heat_XY.shape[1]))
+        torch.arange(max(0, centre - radius), min(size, centre + radius + 1), device=heat_YX.device)
+        for centre, size in ((y, heat_YX.shape[0]), (x, heat_YX.shape[1]))
     )
     bell = (
-        -((rows[:, None] - x) ** 2 + (columns[None, :] - y) ** 2).to(heat_XY.dtype) / (2 * sigma**2)
+        -((rows[:, None] - y) ** 2 + (columns[None, :] - x) ** 2).to(heat_YX.dtype) / (2 * sigma**2)
     ).exp()
-    window = heat_XY[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+    window = heat_YX[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
     torch.maximum(window, bell, out=window)
 
 

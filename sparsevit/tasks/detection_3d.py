@@ -11,7 +11,7 @@ from sparsevit.backbone import SparseSwin
 from sparsevit.data.sample import Transform, collate
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
-from sparsevit.tasks.bevdet import FOREIGN_PREFIXES, BEVDetConfig, SparseBEVDet
+from sparsevit.tasks.bevdet import FOREIGN_NAMES, BEVDetConfig, SparseBEVDet
 from sparsevit.tasks.lift_splat import Cameras
 from sparsevit.tasks.protocol import Batch
 
@@ -22,7 +22,7 @@ class Detection3D:
     metric = "map"
     metrics = ("map", "nds", "mate", "mase", "maoe", "mave", "maae")
     class_layers = r"^head\.branches\.\d+\.heat\.1\."
-    foreign_prefixes = FOREIGN_PREFIXES
+    foreign_names = FOREIGN_NAMES
 
     def __init__(self, config: BEVDetConfig) -> None:
         self.config = config

@@ -3,8 +3,8 @@
 Every pixel of a feature map spreads its feature along its ray, weighted by a distribution over
 depths; what falls into a cell of the ground is added up.
 
-Legend: B samples; N cameras; C channels; H, W size of the feature maps; D depths; P points; X, Y cells
-of the grid.
+Legend: B samples; N cameras; C channels; H, W size of the feature maps; D depths; P points; Y, X cells
+of the grid, rows along y, columns along x.
 """
 
 from dataclasses import dataclass
@@ -51,12 +51,12 @@ class BevGrid:
         return round(2 * self.extent / self.cell)
 
     def cells_of(self, points_P3: Tensor) -> Tensor:
-        """Cell number ``x · size + y`` of every point; -1 outside: [P]."""
+        """Cell number ``y · size + x`` of every point, counted from the lowest; -1 outside: [P]."""
         column = ((points_P3[..., :2] + self.extent) / self.cell).floor().long()
         z = points_P3[..., 2]
         is_inside = (column >= 0).all(-1) & (column < self.size).all(-1)
         is_inside &= (z >= self.z_range[0]) & (z < self.z_range[1])
-        return torch.where(is_inside, column[..., 0] * self.size + column[..., 1], -1)
+        return torch.where(is_inside, column[..., 1] * self.size + column[..., 0], -1)
 
     def centre_of(self, column: Tensor) -> Tensor:
         """Metres of fractional cells, whose whole numbers are lower corners."""
@@ -136,7 +136,7 @@ class LiftSplat(nn.Module):
         self.projection = nn.Conv2d(in_channels, len(self.depths_D) + out_channels, kernel_size=1)
 
     def forward(self, features: Tensor, cameras: Cameras) -> Tensor:
-        """[B · N, C, H, W] to the bird's-eye view [B, C, X, Y]."""
+        """[B · N, C, H, W] to the bird's-eye view [B, C, Y, X]."""
         num_samples, num_cameras = cameras.intrinsics.shape[:2]
         projected = self.projection(features).float()
         depth, lifted = projected.split((len(self.depths_D), self.out_channels), dim=1)

@@ -21,7 +21,7 @@ def splat_by_loops(features_QC: Tensor, depth_QD: Tensor, cells_QD: Tensor, num_
 
 def cell_by_hand(grid: BevGrid, point: tuple[float, float, float]) -> int:
     x, y, z = point
-    row, column = math.floor((x + grid.extent) / grid.cell), math.floor((y + grid.extent) / grid.cell)
+    column, row = math.floor((x + grid.extent) / grid.cell), math.floor((y + grid.extent) / grid.cell)
     if not (0 <= row < grid.size and 0 <= column < grid.size and grid.z_range[0] <= z < grid.z_range[1]):
         return -1
     return row * grid.size + column
