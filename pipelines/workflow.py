@@ -132,7 +132,7 @@ def print_summary(run: Run, seconds: float) -> None:
     print("load the subnet:")
     print("    from sparsevit import load_exported")
     print(f"    model = load_exported({str(report / EXPORT_FOLDER)!r})")
-    print("    predictions = model([image])  # [3, H, W] in [0, 1]")
+    print(f"    {run.task.example}")
     print(f"finished in {seconds:.0f} s")
 
 

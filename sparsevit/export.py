@@ -26,9 +26,9 @@ class ExportedModel(nn.Module):
         self.sparsity = sparsity
         self.config = dict(config)
 
-    def forward(self, images: Any) -> Any:
-        """The task's predictions; for instance segmentation a list of [3, H, W] images in [0, 1]."""
-        return self.model(images, sparsity=self.sparsity)
+    def forward(self, *inputs: Any) -> Any:
+        """The task's predictions for the inputs of its model: first a list of images in [0, 1]."""
+        return self.model(*inputs, sparsity=self.sparsity)
 
 
 def export_model(

@@ -130,7 +130,11 @@ def _rotation_about(centre: tuple[float, float], degrees: float) -> Tensor:
     x, y = centre
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return torch.tensor(
-        [[cosine, sine, x - cosine * x - sine * y], [-sine, cosine, y + sine * x - cosine * y], [0.0, 0.0, 1.0]]
+        [
+            [cosine, sine, x - cosine * x - sine * y],
+            [-sine, cosine, y + sine * x - cosine * y],
+            [0.0, 0.0, 1.0],
+        ]
     )
 
 

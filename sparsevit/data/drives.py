@@ -76,9 +76,7 @@ class DrivesConfig:
 class _Tables:
     """The tables of nuScenes as they grow; a token is a hash of what it names."""
 
-    records: dict[str, list[dict[str, Any]]] = field(
-        default_factory=lambda: {name: [] for name in TABLES}
-    )
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in TABLES})
 
     def add(self, table: str, name: str, /, **values: Any) -> str:
         token = hashlib.md5(f"{table}/{name}".encode(), usedforsecurity=False).hexdigest()
@@ -141,7 +139,9 @@ class _Rig:
                 channel,
                 sensor_token=sensor,
                 translation=[0.0, 0.0, CAMERA_HEIGHT],
-                rotation=_camera_quaternion(CAMERA_YAWS[channel]) if channel in CAMERAS else [1.0, 0.0, 0.0, 0.0],
+                rotation=_camera_quaternion(CAMERA_YAWS[channel])
+                if channel in CAMERAS
+                else [1.0, 0.0, 0.0, 0.0],
                 camera_intrinsic=self.intrinsics if channel in CAMERAS else [],
             )
             for channel, sensor in self.sensors.items()
@@ -160,9 +160,7 @@ class _Rig:
         return result
 
 
-def _write_scene(
-    folder: Path, name: str, rig: _Rig, config: DrivesConfig, rng: np.random.Generator
-) -> None:
+def _write_scene(folder: Path, name: str, rig: _Rig, config: DrivesConfig, rng: np.random.Generator) -> None:
     """One scene of one keyframe: photos, and its records."""
     tables = rig.tables
     boxes, labels = _draw_boxes(config.max_distance, rng)
@@ -239,9 +237,7 @@ def _draw_photos(
     corners = box_corners(torch.from_numpy(padded)).numpy()
     base = rng.uniform(85, 120) + rng.normal(0, 4, 3)
     sky = np.asarray([rng.uniform(110, 170), rng.uniform(150, 200), rng.uniform(200, 240)])
-    colours = [
-        np.clip(np.asarray(KINDS[label].colour) + rng.normal(0, 18, 3), 5, 250) for label in labels
-    ]
+    colours = [np.clip(np.asarray(KINDS[label].colour) + rng.normal(0, 18, 3), 5, 250) for label in labels]
     far_first = np.argsort(-np.hypot(boxes[:, 0], boxes[:, 1]))
     photos = {}
     for camera in CAMERAS:
@@ -282,7 +278,7 @@ def _background(
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _facing(in_camera_83: NDArray[np.float64]) -> list[tuple[tuple[int, ...], float]]:
+def _facing(in_camera_83: NDArray[np.float64]) -> list[tuple[tuple[int, int, int, int], float]]:
     """The faces that look towards the camera, and how light they are."""
     centre = in_camera_83.mean(axis=0)
     found = []

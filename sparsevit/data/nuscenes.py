@@ -44,8 +44,9 @@ class NuScenesSamples(DataSplit):
 
     An item is the images of its six cameras, [N, 3, H, W] uint8 in the order of `CAMERAS`, and a target:
     ``boxes`` [I, 9] in the ego frame (columns: `sparsevit.geometry.BOX_FIELDS`; NaN where a velocity is
-    not known), ``rotations`` [I, 3, 3] of the boxes with all their tilt, ``labels`` [I] (place in `CLASSES`), ``intrinsics`` [N, 3, 3], ``camera_to_ego``
-    [N, 4, 4], ``ego_to_global`` [4, 4], ``sample_id``, the token.
+    not known), ``rotations`` [I, 3, 3] of the boxes with all their tilt, ``labels`` [I] (place in
+    `CLASSES`), ``intrinsics`` [N, 3, 3], ``camera_to_ego`` [N, 4, 4], ``ego_to_global`` [4, 4],
+    ``sample_id``, the token.
 
     Boxes without a lidar or radar point are left out, as in the official evaluation.
 
@@ -115,9 +116,7 @@ class NuScenesSamples(DataSplit):
         for token in self.sample_ids:
             for camera in CAMERAS:
                 path = self.image_path(token, camera)
-                record = self.tables.get(
-                    "sample_data", self.tables.get("sample", token)["data"][camera]
-                )
+                record = self.tables.get("sample_data", self.tables.get("sample", token)["data"][camera])
                 with open_image(path) as image:
                     if image.size != (record["width"], record["height"]):
                         raise DataError(

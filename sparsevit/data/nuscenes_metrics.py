@@ -1,5 +1,7 @@
 """nuScenes' detection metrics by its devkit, from detections in the official submission format."""
 
+import contextlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -94,7 +96,8 @@ def detection_metrics(
 
     config = config_factory("detection_cvpr_2019")
     predicted = EvalBoxes.deserialize({token: list(results[token]) for token in sample_tokens}, DetectionBox)
-    truth = load_gt_of_sample_tokens(tables, list(sample_tokens), DetectionBox)
+    with contextlib.redirect_stderr(io.StringIO()):  # the devkit draws progress bars
+        truth = load_gt_of_sample_tokens(tables, list(sample_tokens), DetectionBox)
     evaluation = DetectionEval.__new__(DetectionEval)  # its constructor wants files and a whole split
     evaluation.nusc, evaluation.cfg, evaluation.verbose = tables, config, False
     evaluation.pred_boxes, evaluation.gt_boxes = (

@@ -32,7 +32,8 @@ CLASS_GROUPS = (
 
 
 _MAP_NAMES = {
-    "reg": "offset", "height": "height", "dim": "size", "rot": "heading", "vel": "velocity", "heatmap": "heat",
+    "reg": "offset", "height": "height", "dim": "size", "rot": "heading", "vel": "velocity",
+    "heatmap": "heat",
 }  # fmt: skip
 FOREIGN_NAMES = (
     (r"^img_neck\.conv\.", "neck.merge."),
@@ -94,7 +95,9 @@ class FpnLss(nn.Module):
         upsample: of what comes out, times; 1 for none.
     """
 
-    def __init__(self, fine_channels: int, coarse_channels: int, out_channels: int, upsample: int = 1) -> None:
+    def __init__(
+        self, fine_channels: int, coarse_channels: int, out_channels: int, upsample: int = 1
+    ) -> None:
         super().__init__()
         middle = out_channels * 2 if upsample > 1 else out_channels
         self.upsample = upsample
@@ -124,7 +127,9 @@ class BevEncoder(nn.Module):
         widths = [2 * in_channels, 4 * in_channels, 8 * in_channels]
         self.stages = nn.ModuleList(
             nn.Sequential(
-                BasicBlock(before, after, stride=2, downsample=nn.Conv2d(before, after, 3, stride=2, padding=1)),
+                BasicBlock(
+                    before, after, stride=2, downsample=nn.Conv2d(before, after, 3, stride=2, padding=1)
+                ),
                 BasicBlock(after, after),
             )
             for before, after in zip([in_channels, *widths], widths, strict=False)

@@ -1,6 +1,7 @@
 """CenterPoint's head (arXiv 2006.11275): boxes as peaks of a heat map, for groups of classes.
 
-Legend: B samples; Y, X cells, rows along y, columns along x; K classes of a group; I boxes of a sample; T boxes that are regressed.
+Legend: B samples; Y, X cells, rows along y, columns along x; K classes of a group; I boxes of a
+sample; T boxes that are regressed.
 """
 
 import math
@@ -99,9 +100,7 @@ class CenterHead(nn.Module):
         """
         heat_loss, box_loss = [], []
         for group, found in zip(self.groups, maps, strict=True):
-            targets = [
-                self.encode(group, each, label) for each, label in zip(boxes, labels, strict=True)
-            ]
+            targets = [self.encode(group, each, label) for each, label in zip(boxes, labels, strict=True)]
             heat = torch.stack([target.heat for target in targets])
             heat_loss.append(gaussian_focal_loss(found["heat"], heat))
             box_loss.append(self._box_loss(found, targets))

@@ -21,6 +21,7 @@ class Detection3D:
 
     metric = "map"
     metrics = ("map", "nds", "mate", "mase", "maoe", "mave", "maae")
+    example = "detections = model([images], [cameras])  # [6, 3, h, w] in [0, 1]; docs/nuscenes.md"
     class_layers = r"^head\.branches\.\d+\.heat\.1\."
     foreign_names = FOREIGN_NAMES
 

@@ -59,4 +59,5 @@ def draw_ground(boxes: Tensor, labels: Tensor, extent: float) -> Tensor:
         ]
         pen.polygon(outline, outline=COLOURS[label % len(COLOURS)])
         pen.line([outline[0], outline[1]], fill=(0, 0, 0))
-    return pil_to_tensor(picture)
+    drawn: Tensor = pil_to_tensor(picture)
+    return drawn

@@ -63,9 +63,7 @@ class BevGrid:
         return column * self.cell - self.extent
 
 
-def frustum_points(
-    feature_size: tuple[int, int], stride: int, depths_D: Tensor, cameras: Cameras
-) -> Tensor:
+def frustum_points(feature_size: tuple[int, int], stride: int, depths_D: Tensor, cameras: Cameras) -> Tensor:
     """The points that every pixel of a feature map stands for, in the frame of the bird's-eye view.
 
     A feature's pixel looks through the centre of its patch of the input.
@@ -75,7 +73,9 @@ def frustum_points(
     """
     height, width = feature_size
     device = depths_D.device
-    rows, columns = (torch.arange(size, device=device) * stride + (stride - 1) / 2 for size in (height, width))
+    rows, columns = (
+        torch.arange(size, device=device) * stride + (stride - 1) / 2 for size in (height, width)
+    )
     v, u = torch.meshgrid(rows, columns, indexing="ij")
     pixels_HW3 = torch.stack((u, v, torch.ones_like(u)), dim=-1)
     to_photo = torch.linalg.inv(cameras.image_to_input)
@@ -84,7 +84,7 @@ def frustum_points(
     points = rays[:, :, None] * depths_D.view(1, 1, -1, 1, 1)
     in_ego = transform(cameras.camera_to_ego[:, :, None], points)
     in_bev = in_ego @ cameras.bev_transform[:, None, None].transpose(-1, -2)
-    return in_bev.unflatten(3, (height, width))
+    return in_bev.view(*in_bev.shape[:3], height, width, 3)
 
 
 def splat(features_QC: Tensor, depth_QD: Tensor, cells_QD: Tensor, num_cells: int) -> Tensor:

@@ -26,6 +26,10 @@ class Task(Protocol):
         """The key of `evaluate` that the search maximises."""
 
     @property
+    def example(self) -> str:
+        """A line of Python that calls an exported ``model``."""
+
+    @property
     def class_layers(self) -> str:
         """Regular expression of the parameters whose shape depends on the number of classes."""
 

@@ -20,6 +20,7 @@ class SemanticSegmentation:
 
     metric = "miou"
     metrics = ("miou",)
+    example = "label_maps = model([image])  # [3, H, W] in [0, 1]"
     class_layers = r"^(class_predictor|criterion)\."
     foreign_names = FOREIGN_NAMES
 

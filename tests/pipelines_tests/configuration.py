@@ -28,6 +28,15 @@ SMALL_MODELS = {
         "task.num_rois_per_image=16",
         "latency.image_size=[64,64]",
     ],
+    "nuscenes": [
+        "data.generated.num_images={train:6,search:3,val:3}",
+        "data.generated.image_size=[64,128]",
+        "task.input_size=[64,128]",
+        "task.neck_channels=16",
+        "task.view_channels=8",
+        "task.bev_channels=16",
+        "latency.image_size=[64,128]",
+    ],
     "cityscapes": [
         "data.generated.num_images={train:12,search:6,val:6}",
         "data.generated.image_size=[64,128]",

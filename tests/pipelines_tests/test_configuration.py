@@ -43,8 +43,12 @@ def test_every_experiment_composes_and_builds_at_every_scale(experiment: str, sc
     ],
 )
 def test_every_choice_of_every_group_composes_and_builds(choice: str) -> None:
-    is_segmentation = any(name in choice for name in ("mask2former", "cityscapes", "streets"))
-    experiment = "cityscapes" if is_segmentation else "coco"
+    words = {
+        "cityscapes": ("mask2former", "cityscapes", "streets"),
+        "nuscenes": ("bevdet", "nuscenes", "drives"),
+        "coco": ("",),
+    }
+    experiment = next(name for name, known in words.items() if any(word in choice for word in known))
     config = composed(choice, "data.root=/data", experiment=experiment)
     build.check(config)
     assert build.space(config).num_genes > 0

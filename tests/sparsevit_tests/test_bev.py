@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsevit.geometry import box_corners, project, rigid, rotation_z, transform_boxes
 from sparsevit.tasks.center_head import (
@@ -28,7 +28,8 @@ def random_boxes(count: int, generator: torch.Generator) -> Tensor:
     xy = torch.stack((places // 6, places % 6), dim=1) * 2.5 - 6.4 + torch.rand(count, 2, generator=generator)
     rest = torch.rand(count, 7, generator=generator)
     return torch.cat(
-        (xy, rest[:, :1] * 2 - 1, rest[:, 1:4] * 3 + 0.5, (rest[:, 4:5] - 0.5) * 6, rest[:, 5:7] * 4 - 2), dim=1
+        (xy, rest[:, :1] * 2 - 1, rest[:, 1:4] * 3 + 0.5, (rest[:, 4:5] - 0.5) * 6, rest[:, 5:7] * 4 - 2),
+        dim=1,
     )
 
 
@@ -103,7 +104,7 @@ def test_a_point_at_its_true_depth_lands_in_its_cell(angle: float) -> None:
     row, column, depth_bin = 3, 6, 8
     with torch.no_grad():
         view.projection.weight.zero_()
-        view.projection.bias.zero_()
+        nn.init.zeros_(view.projection.get_parameter("bias"))
         view.projection.weight[depth_bin, 0] = 60.0
         view.projection.weight[len(view.depths_D), 1] = 1.0
     features = torch.zeros(2, 4, 5, 10)

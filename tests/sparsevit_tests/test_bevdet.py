@@ -63,8 +63,13 @@ def test_samples_and_cameras_do_not_influence_each_other() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_step_reaches_every_parameter(precision: str) -> None:
     model = small_model().train()
-    boxes = torch.tensor([[3.0, 1.0, 0.5, 4.0, 2.0, 1.5, 0.3, 1.0, 0.0], [-5.0, 2.0, 0.5, 0.7, 0.7, 1.7, 0, 0, 0]])
-    targets = [{"boxes": boxes, "labels": torch.tensor([0, 8])}, {"boxes": boxes[:0], "labels": torch.zeros(0).long()}]
+    boxes = torch.tensor(
+        [[3.0, 1.0, 0.5, 4.0, 2.0, 1.5, 0.3, 1.0, 0.0], [-5.0, 2.0, 0.5, 0.7, 0.7, 1.7, 0, 0, 0]]
+    )
+    targets = [
+        {"boxes": boxes, "labels": torch.tensor([0, 8])},
+        {"boxes": boxes[:0], "labels": torch.zeros(0).long()},
+    ]
     with autocast(precision, torch.device("cpu")):
         losses = model(images(), cameras(), targets, SparsityVector((0.3,) * 6))
     assert set(losses) == {"loss_heat", "loss_boxes"}
@@ -84,7 +89,14 @@ def mmdet3d_weights(model: SparseBEVDet, folder: Path) -> dict[str, Tensor]:
     """A file of the public code, written from the documented mapping, name by name."""
     export_backbone_weights(model.backbone, folder / "swin.pth", "mmdet")
     weights = {f"img_backbone.{name}": value for name, value in read_weights(folder / "swin.pth").items()}
-    theirs_of = {"offset": "reg", "height": "height", "size": "dim", "heading": "rot", "velocity": "vel", "heat": "heatmap"}
+    theirs_of = {
+        "offset": "reg",
+        "height": "height",
+        "size": "dim",
+        "heading": "rot",
+        "velocity": "vel",
+        "heat": "heatmap",
+    }
     for name, value in model.state_dict().items():
         parts = name.split(".")
         if parts[0] == "neck":
