@@ -269,7 +269,7 @@ def test_perfect_detections_score_one(drives: Path) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real keyframes are not here")
 def test_perfect_detections_of_the_real_keyframes() -> None:
-    """Five classes have boxes in the range of the evaluation; upright boxes of tilted ones are exact enough."""
+    """Five classes have boxes in the range of the evaluation; upright boxes are exact enough."""
     present = set()
     for split in ("mini_train", "mini_val"):
         dataset = NuScenesSamples(REAL, split)
