@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 HTML_FILE = "report.html"
 PNG_FILE = "pareto.png"
 PICTURES_FILE = "pictures.png"
+PICTURE_INCHES = 3.2
 
 
 def write_report(
@@ -71,10 +72,11 @@ def write_pictures(folder: Path, rows: Sequence[Mapping[str, Tensor]]) -> None:
     Args:
         rows: [3, H, W] uint8 by title, as many in every row.
     """
-    titles = list(rows[0])
-    figure, axes = plt.subplots(
-        len(rows), len(titles), figsize=(3.2 * len(titles), 2.4 * len(rows)), squeeze=False
+    height, width = max(
+        (picture.shape[1:] for picture in rows[0].values()), key=lambda size: size[0] / size[1]
     )
+    size = PICTURE_INCHES * len(rows[0]), (PICTURE_INCHES * height / width + 0.3) * len(rows)
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
     for row, places in zip(rows, axes, strict=True):
         for (title, picture), place in zip(row.items(), places, strict=True):
             place.imshow(picture.permute(1, 2, 0).numpy())

@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from transformers import Mask2FormerConfig as LibraryConfig
+from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 
-from pipelines.workflow import STAGES
+from pipelines.workflow import STAGES, run_pipeline
 from sparsevit import load_exported
-from tests.pipelines_tests.configuration import command
+from sparsevit.backbone import BACKBONES
+from tests.pipelines_tests.configuration import command, composed, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +65,23 @@ def test_export_loads_and_predicts_label_maps(finished: Path) -> None:
 def test_scores_of_the_front_are_of_the_metric_alone(finished: Path) -> None:
     front = json.loads((report_of(finished) / "front.json").read_text())
     assert all(set(member) >= {"miou", "latency_ms"} for member in front["members"])
+
+
+def test_a_folder_of_transformers_is_imported_whole(tmp_path: Path) -> None:
+    """Nothing is trained: the dense model is the one that transformers saved."""
+    shape = BACKBONES["swin_nano"]
+    config = LibraryConfig(
+        backbone_config=SwinConfig(
+            embed_dim=shape.embed_dim, depths=list(shape.depths), num_heads=list(shape.num_heads),
+            window_size=shape.window_size, out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        num_labels=19, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=128,
+        dim_feedforward=256, encoder_layers=2, decoder_layers=4, num_attention_heads=4, num_queries=24,
+    )  # fmt: skip
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path / "mask2former")
+    overrides = tiny_run(
+        tmp_path, f"init={tmp_path / 'mask2former'}", "until=train", "tracking=none", experiment="cityscapes"
+    )
+    results = run_pipeline(composed(*overrides, experiment="cityscapes"))
+    assert results["train"].metrics["num_steps"] == 0
+    assert 0 <= results["train"].metrics["miou"] < 0.3
