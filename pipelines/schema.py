@@ -62,6 +62,7 @@ class Detection3DSchema(TaskSchema):
     cell: float = MISSING
     resize_range: list[float] = MISSING
     rotation: float = MISSING
+    flips: bool = MISSING
     bev_rotation: float = MISSING
     bev_scale_range: list[float] = MISSING
     min_score: float = MISSING

@@ -81,20 +81,27 @@ def camera_augmentation(
     degrees: float,
     bev_degrees: float,
     bev_scale_range: tuple[float, float],
+    flips: bool = True,
 ) -> Transform:
     """BEVDet's augmentation (section 3.3) in the photos, each on its own, and in the bird's-eye view.
 
     It draws from PyTorch's global generator.
+
+    Args:
+        resize_range: added to the factor that fits the photo's width.
+        degrees, bev_degrees: largest rotation of the photos and of the bird's-eye view.
+        flips: whether both are mirrored, half of the times.
     """
 
     def apply(photos: Tensor, target: dict[str, Any]) -> Sample:
         images, matrices = [], []
         for photo in photos:
-            view = _draw_view((photo.shape[-2], photo.shape[-1]), input_size, resize_range, degrees)
+            size = photo.shape[-2], photo.shape[-1]
+            view = _draw_view(size, input_size, resize_range, degrees, flips=flips)
             image, matrix = view.apply(photo, input_size)
             images.append(image)
             matrices.append(matrix)
-        bev = _draw_bev(bev_degrees, bev_scale_range)
+        bev = _draw_bev(bev_degrees, bev_scale_range, flips=flips)
         return torch.stack(images), target | {
             "image_to_input": torch.stack(matrices),
             "bev_transform": bev,
@@ -109,19 +116,21 @@ def _draw_view(
     input_size: tuple[int, int],
     resize_range: tuple[float, float],
     degrees: float,
+    *,
+    flips: bool,
 ) -> ImageView:
     scale = input_size[1] / photo_size[1] + _uniform(*resize_range)
     height, width = (round(side * scale) for side in photo_size)
     left = round(_uniform(0, max(0, width - input_size[1])))
     return ImageView(
         scale, left, height - input_size[0],
-        is_flipped=_uniform(0, 1) < 0.5, degrees=_uniform(-degrees, degrees),
+        is_flipped=flips and _uniform(0, 1) < 0.5, degrees=_uniform(-degrees, degrees),
     )  # fmt: skip
 
 
-def _draw_bev(degrees: float, scale_range: tuple[float, float]) -> Tensor:
+def _draw_bev(degrees: float, scale_range: tuple[float, float], *, flips: bool) -> Tensor:
     matrix = rotation_z(math.radians(_uniform(-degrees, degrees))) * _uniform(*scale_range)
-    mirror = torch.tensor([-1.0 if _uniform(0, 1) < 0.5 else 1.0 for _ in range(2)] + [1.0])
+    mirror = torch.tensor([-1.0 if flips and _uniform(0, 1) < 0.5 else 1.0 for _ in range(2)] + [1.0])
     return mirror[:, None] * matrix
 
 

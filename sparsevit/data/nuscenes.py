@@ -52,8 +52,8 @@ class NuScenesSamples(DataSplit):
 
     Args:
         root: folder of the data set, with ``v1.0-…`` and ``samples`` in it.
-        split: official (``train``, ``val``, ``mini_train``, ``mini_val``), or one of the data set's own
-            ``splits.json``.
+        split: official (``train``, ``val``, ``mini_train``, ``mini_val``), one of the data set's own
+            ``splits.json``, or several of a version, joined by ``+``.
         sample_ids: use only these keyframes, by token.
 
     Raises:
@@ -175,7 +175,7 @@ def locate_version(root: Path, split: str) -> str:
     if not versions:
         raise DataError(f"{root} holds no tables: they are in a folder v1.0-mini, v1.0-trainval or v1.0-test")
     for version in versions:
-        if split in _splits_of(root, version):
+        if set(split.split("+")) <= set(_splits_of(root, version)):
             missing = [name for name in TABLES if not (root / version / f"{name}.json").is_file()]
             if missing:
                 raise DataError(f"{root / version} lacks the tables {', '.join(missing)}")
@@ -223,7 +223,7 @@ def _splits_of(root: Path, version: str) -> list[str]:
 def _scenes_of(tables: Any, split: str) -> set[str]:
     from nuscenes.utils.splits import get_scenes_of_split
 
-    return set(get_scenes_of_split(split, tables))
+    return {scene for part in split.split("+") for scene in get_scenes_of_split(part, tables)}
 
 
 def _check_sample(tables: Any, sample: dict[str, Any]) -> None:

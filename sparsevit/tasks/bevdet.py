@@ -68,6 +68,7 @@ class BEVDetConfig:
         cell: of the bird's-eye view, metres.
         resize_range: in training, added to the factor that fits the photo's width.
         rotation: in training, of the photos, degrees either way.
+        flips: whether photos and the bird's-eye view are mirrored at random in training.
         bev_rotation: in training, of the bird's-eye view, degrees either way.
         bev_scale_range: in training.
     """
@@ -83,6 +84,7 @@ class BEVDetConfig:
     cell: float = 0.8
     resize_range: tuple[float, float] = (-0.06, 0.11)
     rotation: float = 5.4
+    flips: bool = True
     bev_rotation: float = 22.5
     bev_scale_range: tuple[float, float] = (0.95, 1.05)
     min_score: float = 0.1

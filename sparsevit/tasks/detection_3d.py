@@ -42,6 +42,7 @@ class Detection3D:
             config.input_size,
             resize_range=config.resize_range,
             degrees=config.rotation,
+            flips=config.flips,
             bev_degrees=config.bev_rotation,
             bev_scale_range=config.bev_scale_range,
         )
