@@ -8,7 +8,7 @@ EXPERIMENT ?= coco
 
 .PHONY: run test lint types check clean
 
-run: $(VENV)/installed
+run: $(VENV)/installed$(if $(filter nuscenes,$(EXPERIMENT)),-nuscenes)
 	$(BIN)/python pipelines/run.py +experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(VENV)/installed-dev
@@ -34,6 +34,10 @@ $(VENV)/created:
 $(VENV)/installed: $(VENV)/created pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check -q -e .
 	touch $@
+
+$(VENV)/installed-nuscenes: $(VENV)/created pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[nuscenes]'
+	touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/created pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
