@@ -68,7 +68,7 @@ class DrivesConfig:
 
     image_size: tuple[int, int] = (112, 256)
     num_images: Mapping[str, int] = field(default_factory=lambda: {"train": 500, "search": 24, "val": 48})
-    max_distance: float = 24.0
+    max_distance: float = 14.0
     seed: int = 0
 
 
@@ -210,7 +210,7 @@ def _draw_boxes(max_distance: float, rng: np.random.Generator) -> tuple[NDArray[
     """Cuboids on the ground that do not touch: [I, 7] in the ego frame, and their classes."""
     boxes: list[list[float]] = []
     labels: list[str] = []
-    for _ in range(int(rng.integers(8, 15))):
+    for _ in range(int(rng.integers(6, 11))):
         label = CLASSES[int(rng.integers(len(CLASSES)))]
         size = [extent * float(rng.uniform(0.9, 1.1)) for extent in KINDS[label].size]
         reach = math.hypot(size[0], size[1]) / 2
