@@ -27,7 +27,7 @@ class ExportedModel(nn.Module):
         self.config = dict(config)
 
     def forward(self, images: Any) -> Any:
-        """The task's predictions; for instance segmentation a list of [3, H, W] images in [0, 1]."""
+        """The task's predictions of images, [3, H, W] each, in [0, 1]."""
         return self.model(images, sparsity=self.sparsity)
 
 
