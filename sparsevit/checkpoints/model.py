@@ -64,7 +64,7 @@ def _check_head(
     missing = sorted(expected - weights.keys())
     differing = {name for name in expected & weights.keys() if own[name].shape != weights[name].shape}
     if not missing and differing and differing <= of_classes:
-        name = min(differing, key=lambda each: own[each].numel())
+        name = min(sorted(differing), key=lambda each: own[each].numel())
         there, here = (each[name].shape[0] - 1 for each in (weights, own))  # one row is for "no class"
         raise CheckpointError(
             f"{path} was trained on {there} classes, but here are {here} ({name}). init_classifier=random "
