@@ -273,7 +273,16 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[DataSplit, DataSpl
 def is_generated(config: ConfigSchema) -> bool:
     """Whether the data is the project's own, not the user's."""
     generated = config.data.generated
-    return generated is not None and Path(config.data.root) == Path(generated.root)
+    return generated is not None and Path(config.data.root).resolve() == Path(generated.root).resolve()
+
+
+def loads_classifier(config: ConfigSchema) -> bool:
+    """Whether the initial weights give the layers that depend on the classes too.
+
+    The shipped ones know the generated classes alone, even where the user has as many.
+    """
+    is_foreign = config.init == "shipped" and not is_generated(config)
+    return config.init_classifier == "load" and not is_foreign
 
 
 def generator(config: ConfigSchema) -> Callable[[Path, Callable[[], None]], None]:

@@ -110,10 +110,9 @@ class Run:
 
     def initial_model(self) -> tuple[nn.Module, tuple[str, ...]]:
         """The model that training starts from, and its layers that are still random."""
-        # The shipped classifier knows the generated classes, even where the user has as many.
-        is_foreign = self.config.init == "shipped" and not build.is_generated(self.config)
-        loads_classifier = self.config.init_classifier == "load" and not is_foreign
-        return self.build_model(build.initial_weights(self.config), loads_classifier=loads_classifier)
+        return self.build_model(
+            build.initial_weights(self.config), loads_classifier=build.loads_classifier(self.config)
+        )
 
     def model_of(self, stage: str) -> nn.Module:
         """The model that a finished stage left."""

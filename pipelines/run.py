@@ -76,7 +76,15 @@ def _import_with_progress() -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it: then it is about the user's input, and worded for the user."""
+    """Whether our own code raised it: then it is about the user's input, and worded for the user.
+
+    What a process that loads data raises arrives under its own type, but from PyTorch's code.
+    """
+    from sparsevit.checkpoints import CheckpointError
+    from sparsevit.data.errors import DataError
+
+    if isinstance(error, DataError | CheckpointError):
+        return True
     traceback = error.__traceback__
     assert traceback is not None
     while traceback.tb_next is not None:

@@ -28,26 +28,29 @@ class KeptWindowTrace:
     Attributes:
         images: the normalised images that the backbone got, [B, 3, h, w].
         shares: for every stage, the share of its blocks that computed a token: [B, H, W].
+        strides: pixels per token of every stage.
     """
 
     images: Tensor = field(default_factory=lambda: torch.empty(0))
     shares: list[Tensor] = field(default_factory=list)
+    strides: tuple[int, ...] = ()
 
     def overlay(self, stage: int) -> Tensor:
         """The images, darkened where the blocks of a stage left windows out: [B, 3, h, w] uint8."""
         height, width = self.images.shape[-2:]
         mean, std = (self.images.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-        share = self.shares[stage][:, None]
-        scale = -(-height // share.shape[2])
-        brightness = DIMMED + (1 - DIMMED) * F.interpolate(share, scale_factor=scale, mode="nearest")
-        pictures = (self.images * std + mean).clamp(0, 1) * brightness[..., :height, :width]
+        share = F.interpolate(self.shares[stage][:, None], scale_factor=self.strides[stage], mode="nearest")
+        # What is left of the last patch belongs to no token: it is shown like its neighbour.
+        beyond = max(0, width - share.shape[-1]), max(0, height - share.shape[-2])
+        share = F.pad(share, (0, beyond[0], 0, beyond[1]), mode="replicate")[..., :height, :width]
+        pictures = (self.images * std + mean).clamp(0, 1) * (DIMMED + (1 - DIMMED) * share)
         return (255 * pictures).to(torch.uint8).cpu()
 
 
 @contextmanager
 def trace_kept_windows(backbone: SparseSwin) -> Iterator[KeptWindowTrace]:
     """Record the last forward pass of `backbone` inside the context."""
-    trace = KeptWindowTrace()
+    trace = KeptWindowTrace(strides=backbone.strides)
     counts: list[Tensor] = []
     handles = [
         backbone.patch_embed.register_forward_pre_hook(partial(_begin, trace, counts)),

@@ -128,7 +128,7 @@ def draw_samples(run: Run, model: nn.Module, vector: SparsityVector) -> list[dic
     count = min(run.config.report.num_pictures, len(run.report_set))
     backbone = run.task.backbone_of(model)
     rows = []
-    for index in range(0, len(run.report_set) // count * count, len(run.report_set) // count):
+    for index in [number * len(run.report_set) // count for number in range(count)]:
         with trace_kept_windows(backbone) as trace:
             row = dict(run.task.draw(model.eval(), run.report_set, index, vector))
         for stage in range(len(trace.shares)):

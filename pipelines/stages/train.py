@@ -25,7 +25,7 @@ class Train:
         return {
             **training_key(run.config.train, run),
             "init": "scratch" if initial is None else path_digest(initial),
-            "init_classifier": run.config.init_classifier,
+            "loads_classifier": initial is not None and build.loads_classifier(run.config),
             "task": build.plain(run.config.task),
             "backbone": build.plain(run.config.backbone),
         }

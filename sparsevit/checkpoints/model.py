@@ -1,5 +1,6 @@
 """Weights of a whole model: everything, all but the class-dependent layers, or the backbone alone."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.checkpoints.backbone import load_named_weights
+from sparsevit.checkpoints.backbone import LoadReport, load_named_weights
 from sparsevit.checkpoints.files import CheckpointError, Weights, mismatch_error, read_weights
+
+logger = logging.getLogger(__name__)
 
 
 def load_model_weights(
@@ -40,7 +43,7 @@ def load_model_weights(
     prefix = {id(module): name for name, module in model.named_modules()}[id(backbone)] + "."
     head = {name for name in own if not name.startswith(prefix)}
     if head.isdisjoint(weights):
-        load_named_weights(backbone, weights, path)
+        _warn_if_resized(load_named_weights(backbone, weights, path), path)
         return tuple(sorted(head))
     of_classes = {name for name in head if re.search(class_layers, name)}
     if not loads_classifier:
@@ -49,7 +52,7 @@ def load_model_weights(
     _check_head(own, weights, expected, of_classes, path)
     rest = {name: value for name, value in weights.items() if name not in head}
     _check_is_backbone(rest, prefix, own, path)
-    load_named_weights(backbone, rest, path)
+    _warn_if_resized(load_named_weights(backbone, rest, path), path)
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
     return tuple(sorted(head - expected))
 
@@ -61,10 +64,11 @@ def _check_head(
     missing = sorted(expected - weights.keys())
     differing = {name for name in expected & weights.keys() if own[name].shape != weights[name].shape}
     if not missing and differing and differing <= of_classes:
-        name = min(differing, key=lambda each: own[each].numel())
+        name = min(sorted(differing), key=lambda each: own[each].numel())
+        there, here = (each[name].shape[0] - 1 for each in (weights, own))  # one row is for "no class"
         raise CheckpointError(
-            f"{path} was trained on another number of classes: {name} is {list(weights[name].shape)} "
-            f"there and {list(own[name].shape)} here. init_classifier=random loads all but such layers"
+            f"{path} was trained on {there} classes, but here are {here} ({name}). init_classifier=random "
+            "loads all but the layers that depend on them"
         )
     if missing or differing:
         raise mismatch_error(
@@ -73,6 +77,15 @@ def _check_head(
             missing=missing,
             wrong_shape=sorted(differing),
         )
+
+
+def _warn_if_resized(report: LoadReport, path: Path) -> None:
+    if report.resized:
+        logger.warning(
+            "  %s has another window size: %d tables of relative positions were resampled, so the dense "
+            "model is no longer quite the one that was trained; is there a backbone of that window size?",
+            path, len(report.resized),
+        )  # fmt: skip
 
 
 def _check_is_backbone(rest: Weights, prefix: str, own: Mapping[str, Tensor], path: Path) -> None:

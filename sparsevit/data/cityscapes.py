@@ -111,17 +111,17 @@ class CityscapesFrames(DataSplit):
             ):
                 if image.size != labels.size:
                     raise self._size_error(sample_id, image.size[::-1], labels.size[::-1])
+            self._read_label_ids(sample_id)  # a wrong id in one file would end a training midway
             if decode:
                 read_image(self.image_path(sample_id))
-                self._read_label_ids(sample_id)
             on_sample()
 
     def _read_label_ids(self, sample_id: str) -> Tensor:
         """Label ids as the file has them, all of the table."""
         path = self.label_path(sample_id)
         label_ids = read_labels(path)
-        if label_ids.numel() and int(label_ids.max()) >= NUM_LABEL_IDS:
-            unknown = sorted({value for value in torch.unique(label_ids).tolist() if value >= NUM_LABEL_IDS})
+        unknown = [value for value in torch.unique(label_ids).tolist() if not 0 <= value < NUM_LABEL_IDS]
+        if unknown:
             raise DataError(
                 f"{path} has the label ids {unknown[:5]}, but Cityscapes' end at {NUM_LABEL_IDS - 1}: write "
                 "labelIds, not train ids, colours or instance ids"

@@ -131,6 +131,11 @@ def read_annotations(annotation_file: Path, image_folder: Path) -> dict[str, Any
         _unique_ids(annotations, "annotation", annotation_file)
         sizes = {image["id"]: (image["height"], image["width"]) for image in images}
         category_ids = _unique_ids(categories, "category", annotation_file)
+        names = Counter(str(category["name"]) for category in categories)
+        if max(names.values(), default=0) > 1:
+            raise DataError(
+                f"{annotation_file} has several categories of the name {names.most_common(1)[0][0]!r}"
+            )
         for image in images:
             _check_image_record(image, image_folder, annotation_file)
         for annotation in annotations:

@@ -21,7 +21,9 @@ def average_precision(
         The mean over all categories, and the AP of every category that has ground truth.
     """
     if not results:
-        return 0.0, {}
+        wanted = set(image_ids)
+        with_truth = {a["category_id"] for a in ground_truth.anns.values() if a["image_id"] in wanted}
+        return 0.0, dict.fromkeys(sorted(with_truth), 0.0)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), kind)
         evaluation.params.imgIds = image_ids

@@ -15,11 +15,14 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         DataError: naming the file if it is missing, truncated or no image.
     """
+    with open_image(path) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            raise DataError(f"{path} has the pixel mode {image.mode}; a photo has 8 bits per channel")
     return _decode(path, "RGB")
 
 
 def read_labels(path: Path) -> torch.Tensor:
-    """Decode a label image: [H, W] uint8, one number per pixel.
+    """Decode a label image: [H, W] int32, one number per pixel.
 
     Raises:
         DataError: naming the file if it is missing, truncated, no image, or has colours.
@@ -27,7 +30,7 @@ def read_labels(path: Path) -> torch.Tensor:
     with open_image(path) as image:
         if image.mode not in ("L", "P", "I;16", "I"):
             raise DataError(f"{path} has the pixel mode {image.mode}; a label image has one number per pixel")
-    return _decode(path, None)[0]
+    return _decode(path, None)[0].int()
 
 
 def open_image(path: Path) -> Image.Image:
@@ -39,7 +42,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except FileNotFoundError as error:
-        raise DataError(f"image {path} does not exist, but the annotations list it") from error
+        raise DataError(f"image {path} does not exist") from error
     except OSError as error:
         raise DataError(f"{path} is not a readable image: {error}") from error
 

@@ -41,7 +41,10 @@ def _instance_segmentation(config: Mapping[str, Any]) -> Task:
 
 def _semantic_segmentation(config: Mapping[str, Any]) -> Task:
     # transformers takes seconds to import, and need not be there for the other tasks.
-    from sparsevit.tasks.mask2former import Mask2FormerConfig
+    try:
+        from sparsevit.tasks.mask2former import Mask2FormerConfig
+    except ImportError as error:
+        raise ValueError(f"Mask2Former needs transformers and scipy: {error}") from error
     from sparsevit.tasks.semantic_segmentation import SemanticSegmentation
 
     return SemanticSegmentation(Mask2FormerConfig(**config))

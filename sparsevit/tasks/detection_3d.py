@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.data.sample import Transform, collate
+from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.bevdet import FOREIGN_NAMES, BEVDetConfig, SparseBEVDet
 from sparsevit.tasks.lift_splat import Cameras
+from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
 
@@ -57,7 +57,7 @@ class Detection3D:
     def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
         device = next(model.parameters()).device
         targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for target in batch[1]]
-        losses: dict[str, Tensor] = model(_inputs(batch[0], device), _cameras(batch[1]), targets, sparsity)
+        losses: dict[str, Tensor] = model(to_inputs(batch[0], device), _cameras(batch[1]), targets, sparsity)
         return losses
 
     @torch.inference_mode()
@@ -76,18 +76,15 @@ class Detection3D:
         from sparsevit.data.nuscenes_metrics import detection_metrics, to_results
 
         assert isinstance(dataset, NuScenesSamples)
-        was_training = model.training
-        model.eval()
         results: dict[str, list[dict[str, Any]]] = {}
-        for images, targets in DataLoader(self._seen(dataset), batch_size, collate_fn=collate):
-            detections = model(_inputs(images, device), _cameras(targets), sparsity=sparsity)
-            for target, found in zip(targets, detections, strict=True):
-                token = target["sample_id"]
-                results[token] = to_results(
-                    found.boxes, found.scores, found.labels, token, target["ego_to_global"]
-                )
-            on_batch(len(images))
-        model.train(was_training)
+        for target, found in predictions_of(
+            model, self._seen(dataset), sparsity,
+            batch_size=batch_size, device=device, on_batch=on_batch, beside_images=_cameras_beside,
+        ):  # fmt: skip
+            token = target["sample_id"]
+            results[token] = to_results(
+                found.boxes, found.scores, found.labels, token, target["ego_to_global"]
+            )
         return detection_metrics(dataset.tables, dataset.sample_ids, results)
 
     @torch.inference_mode()
@@ -98,7 +95,7 @@ class Detection3D:
 
         images, target = self._seen(dataset)[index]
         device = next(model.parameters()).device
-        (found,) = model(_inputs([images], device), _cameras([target]), sparsity=sparsity)
+        (found,) = model(to_inputs([images], device), _cameras([target]), sparsity=sparsity)
         cameras = Cameras(*(target[name] for name in Cameras._fields))
         pictures: dict[str, Tensor] = {}
         for title, boxes, labels in (
@@ -111,16 +108,15 @@ class Detection3D:
 
     def _seen(self, dataset: DataSplit) -> DataSplit:
         """The data set as the evaluation looks at it."""
-        from sparsevit.data.camera_views import camera_inputs
 
         seen = dataset.subset(dataset.sample_ids)
         seen.transform = camera_inputs(self.config.input_size)
         return seen
 
 
-def _inputs(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    return [each.to(device) / 255 for each in images]
-
-
 def _cameras(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
     return [{name: target[name] for name in Cameras._fields} for target in targets]
+
+
+def _cameras_beside(targets: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Tensor]]]:
+    return (_cameras(targets),)

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.data.sample import Transform, collate
+from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, SparseMaskRCNN, SparsePyramid
+from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
 
@@ -50,7 +50,7 @@ class InstanceSegmentation:
 
     def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
         device = next(model.parameters()).device
-        images = _inputs(batch[0], device)
+        images = to_inputs(batch[0], device)
         targets = [
             {key: target[key].to(device).as_subclass(Tensor) for key in ("boxes", "labels", "masks")}
             for target in batch[1]
@@ -74,15 +74,11 @@ class InstanceSegmentation:
         from sparsevit.data.coco_metrics import average_precision, to_results
 
         assert isinstance(dataset, CocoInstances)
-        was_training = model.training
-        model.eval()
         results: list[dict[str, Any]] = []
-        for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
-            predictions = model(_inputs(images, device), sparsity=sparsity)
-            for target, detections in zip(targets, predictions, strict=True):
-                results += to_results(detections, target["image_id"], dataset.category_ids)
-            on_batch(len(images))
-        model.train(was_training)
+        for target, detections in predictions_of(
+            model, dataset, sparsity, batch_size=batch_size, device=device, on_batch=on_batch
+        ):
+            results += to_results(detections, target["image_id"], dataset.category_ids)
         box_ap, _ = average_precision(dataset.coco, results, dataset.sample_ids, "bbox")
         mask_ap, by_category = average_precision(dataset.coco, results, dataset.sample_ids, "segm")
         names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
@@ -99,7 +95,7 @@ class InstanceSegmentation:
         from sparsevit.tasks.drawing import draw_instances
 
         image, target = dataset[index]
-        (found,) = model(_inputs([image], next(model.parameters()).device), sparsity=sparsity)
+        (found,) = model(to_inputs([image], next(model.parameters()).device), sparsity=sparsity)
         is_sure = found["scores"] > 0.5
         boxes, labels, masks = (found[key][is_sure].cpu() for key in ("boxes", "labels", "masks"))
         names = dataset.class_names
@@ -107,7 +103,3 @@ class InstanceSegmentation:
             "ground truth": draw_instances(image, target["boxes"], target["labels"], target["masks"], names),
             "prediction": draw_instances(image, boxes, labels, masks[:, 0] > 0.5, names),
         }
-
-
-def _inputs(images: list[Any], device: torch.device) -> list[Tensor]:
-    return [image.to(device).as_subclass(Tensor) / 255 for image in images]

@@ -21,6 +21,8 @@ from sparsevit.sparsity import SparsityVector
 
 SIZE_DIVISOR = 32
 """Images are padded at the bottom and right to multiples of it, as the library's processor does."""
+NUM_NORM_GROUPS = 32
+"""Of the pixel decoder's group norms."""
 FOREIGN_NAMES = (
     (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
     (r"^model\.transformer_module\.", "transformer."),
@@ -51,6 +53,28 @@ class Mask2FormerConfig:
     num_queries: int = 100
     num_points: int = 12544
 
+    def __post_init__(self) -> None:
+        low, high = self.scale_range if len(self.scale_range) == 2 else (0.0, 0.0)
+        if len(self.crop_size) != 2 or min(self.crop_size) < SIZE_DIVISOR:
+            raise ValueError(
+                f"crop_size is height and width, at least {SIZE_DIVISOR} each, got {list(self.crop_size)}"
+            )
+        if not 0 < low <= high:
+            raise ValueError(
+                f"scale_range is a lower and an upper factor above 0, got {list(self.scale_range)}"
+            )
+        if self.feature_channels % NUM_NORM_GROUPS or self.feature_channels % max(1, self.num_heads):
+            raise ValueError(
+                f"feature_channels must be a multiple of {NUM_NORM_GROUPS} and of num_heads, got "
+                f"{self.feature_channels} and {self.num_heads}"
+            )
+        for name in (
+            "num_classes", "feature_channels", "hidden_channels", "encoder_hidden_channels", "encoder_layers",
+            "decoder_layers", "num_heads", "num_queries", "num_points",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 class SparseMask2Former(nn.Module):
     """Semantic segmentation by masks that have a class."""
@@ -79,14 +103,26 @@ class SparseMask2Former(nn.Module):
             labels: [H, W] train ids each, 255 where nothing is learnt; needed in training.
             sparsity: for the backbone; dense if None.
         """
-        batch, sizes = self.to_batch(images)
+        if not self.training:
+            return self._predict(images, sparsity)
+        assert labels is not None
+        batch, _ = self.to_batch(images)
         class_logits, mask_logits = self.logits(batch, sparsity)
-        if self.training:
-            assert labels is not None
-            return self._losses(class_logits, mask_logits, [self._pad(each, batch) for each in labels])
-        return self._label_maps(class_logits[-1], mask_logits[-1], batch, sizes)
+        return self._losses(class_logits, mask_logits, [self._pad(each, batch) for each in labels])
 
-    def to_batch(self, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    def _predict(self, images: Sequence[Tensor], sparsity: SparsityVector | None) -> list[Tensor]:
+        """Images that are padded to the same size go together, so that none depends on the others."""
+        padded = [tuple(-(-side // SIZE_DIVISOR) for side in image.shape[-2:]) for image in images]
+        label_maps: dict[int, Tensor] = {}
+        for size in dict.fromkeys(padded):
+            members = [index for index, each in enumerate(padded) if each == size]
+            batch, sizes = self.to_batch([images[index] for index in members])
+            class_logits, mask_logits = self.logits(batch, sparsity)
+            found = self._label_maps(class_logits[-1], mask_logits[-1], batch, sizes)
+            label_maps.update(zip(members, found, strict=True))
+        return [label_maps[index] for index in range(len(images))]
+
+    def to_batch(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise and pad images: the batch [B, 3, h, w], and the size of every image."""
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         height, width = (-(-max(side) // SIZE_DIVISOR) * SIZE_DIVISOR for side in zip(*sizes, strict=True))

@@ -1,17 +1,16 @@
 """Semantic segmentation: mean IoU of a Mask2Former on data in the layout of Cityscapes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sparsevit.backbone import SparseSwin
-from sparsevit.data.sample import Transform, collate
+from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.mask2former import FOREIGN_NAMES, Mask2FormerConfig, SparseMask2Former
+from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
 
@@ -48,7 +47,7 @@ class SemanticSegmentation:
     def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
         device = next(model.parameters()).device
         labels = [target["labels"].to(device).as_subclass(Tensor) for target in batch[1]]
-        losses: dict[str, Tensor] = model(_inputs(batch[0], device), labels, sparsity)
+        losses: dict[str, Tensor] = model(to_inputs(batch[0], device), labels, sparsity)
         return losses
 
     @torch.inference_mode()
@@ -65,17 +64,13 @@ class SemanticSegmentation:
         """Mean IoU of whole images, and the IoU of every class that occurs."""
         from sparsevit.data.segmentation_metrics import class_ious, confusion_matrix, mean_iou
 
-        was_training = model.training
-        model.eval()
         num_classes = self.config.num_classes
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
-            predictions = model(_inputs(images, device), sparsity=sparsity)
-            for target, predicted in zip(targets, predictions, strict=True):
-                truth = target["labels"].as_subclass(Tensor)
-                confusion += confusion_matrix(truth, predicted.cpu(), num_classes)
-            on_batch(len(images))
-        model.train(was_training)
+        for target, label_map in predictions_of(
+            model, dataset, sparsity, batch_size=batch_size, device=device, on_batch=on_batch
+        ):
+            truth = target["labels"].as_subclass(Tensor)
+            confusion += confusion_matrix(truth, label_map.cpu(), num_classes)
         ious = class_ious(confusion)
         by_class = zip(dataset.class_names, ious.tolist(), strict=True)
         return {
@@ -92,13 +87,9 @@ class SemanticSegmentation:
 
         image, target = dataset[index]
         device = next(model.parameters()).device
-        (predicted,) = model(_inputs([image], device), sparsity=sparsity)
+        (predicted,) = model(to_inputs([image], device), sparsity=sparsity)
         colours = [each.colour for each in CLASSES]
         return {
             "ground truth": draw_label_map(image, target["labels"], colours),
             "prediction": draw_label_map(image, predicted.cpu(), colours),
         }
-
-
-def _inputs(images: list[Any], device: torch.device) -> list[Tensor]:
-    return [image.to(device).as_subclass(Tensor) / 255 for image in images]

@@ -145,12 +145,18 @@ def test_labels_of_another_size(tiny_city: Path) -> None:
 
 
 def test_label_ids_outside_the_table(tiny_city: Path) -> None:
-    Image.fromarray(np.full((4, 8), 255, dtype=np.uint8)).save(labels(tiny_city))
+    """Also where images are not decoded: one such file would end a training midway."""
     dataset = CityscapesFrames(tiny_city, "val")
-    dataset.verify(decode=False)
-    with pytest.raises(
-        DataError, match=r"has the label ids \[255\], but Cityscapes' end at 33: write labelIds"
-    ):
+    Image.fromarray(np.full((4, 8), 255, dtype=np.uint8)).save(labels(tiny_city))
+    message = r"has the label ids \[255\], but Cityscapes' end at 33: write labelIds"
+    with pytest.raises(DataError, match=message):
+        dataset.verify(decode=False)
+    Image.fromarray(np.full((4, 8), 40_000, dtype=np.uint16)).save(labels(tiny_city))
+    with pytest.raises(DataError, match=r"has the label ids \[40000\]"):
+        dataset.verify(decode=False)
+    Image.fromarray(np.full((4, 8), 7, dtype=np.uint8)).save(labels(tiny_city))
+    Image.fromarray(np.full((4, 8), 40_000, dtype=np.uint16)).save(photo(tiny_city))
+    with pytest.raises(DataError, match="has the pixel mode I;16; a photo has 8 bits per channel"):
         dataset.verify(decode=True)
 
 

@@ -1,5 +1,6 @@
 """Mask2Former on the sparse backbone: equal to transformers' own, loadable from its checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import (
 )
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
-from sparsevit import SparsityVector, create_backbone
+from sparsevit import SparseSwin, SparsityVector, create_backbone
 from sparsevit.backbone import BACKBONES
 from sparsevit.checkpoints import CheckpointError, load_model_weights
 from sparsevit.data.sample import IGNORED
@@ -111,7 +112,7 @@ def test_checkpoint_of_another_number_of_classes(
         create_backbone("swin_nano"), Mask2FormerConfig(**{**vars(SMALL), "num_classes": 9})
     )
     message = (
-        r"another number of classes: .* \[6\] there and \[10\] here. init_classifier=random loads all but"
+        r"was trained on 5 classes, but here are 9 \(class_predictor.bias\). init_classifier=random loads"
     )
     with pytest.raises(CheckpointError, match=message):
         load(model, library[1])
@@ -161,3 +162,21 @@ def test_a_batch_without_any_label_trains() -> None:
     model = SparseMask2Former(create_backbone("swin_nano"), SMALL).train()
     losses = model([torch.rand(3, 64, 64)], [torch.full((64, 64), IGNORED, dtype=torch.uint8)])
     assert all(value.isfinite() for value in losses.values())
+
+
+@pytest.mark.parametrize("vector", [None, SparsityVector((0.5,) * 6)])
+def test_images_of_other_sizes_do_not_matter(vector: SparsityVector | None) -> None:
+    model = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
+    small, large = torch.rand(3, 60, 90), torch.rand(3, 128, 128)
+    with torch.inference_mode():
+        (alone,) = model([small], sparsity=vector)
+        _, beside, _ = model([large, small, large], sparsity=vector)
+    assert torch.equal(alone, beside)
+
+
+def test_another_window_size_is_said(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = replace(BACKBONES["swin_nano"], window_size=7)
+    load(SparseMask2Former(SparseSwin(shape), SMALL), library[1])
+    assert "has another window size: 12 tables of relative positions were resampled" in caplog.text
