@@ -108,6 +108,7 @@ class Detection3D:
 
     def _seen(self, dataset: DataSplit) -> DataSplit:
         """The data set as the evaluation looks at it."""
+        from sparsevit.data.camera_views import camera_inputs
 
         seen = dataset.subset(dataset.sample_ids)
         seen.transform = camera_inputs(self.config.input_size)
