@@ -178,6 +178,7 @@ class SearchSchema:
     """
 
     num_evaluations: int | None = MISSING
+    population_size: int = MISSING
     max_hours: float | None = None
     plateau: int | None = None
     plateau_gain: float = MISSING

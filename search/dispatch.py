@@ -176,7 +176,7 @@ class Dispatcher:
             return
         for name, value in known.items():
             trial.set_user_attr(name, value)
-        for constraint in self.problem.evaluated_constraints:
+        for constraint in self.problem.constraints:
             trial.set_constraint(constraint.name, constraint.violation(known[constraint.name]))
         trial.set_user_attr(ELAPSED, round(self.progress.elapsed_s, 3))
         trial.set_user_attr(WORKER, worker)

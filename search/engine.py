@@ -17,7 +17,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,9 @@ class EngineConfig:
         address: of a Ray cluster; None starts one on this machine (or joins that of RAY_ADDRESS).
         num_workers: trials at a time; None takes as many as the cluster has room for, now and later.
         num_retries: how often a trial that raises, returns NaN, hangs or loses its worker is tried again.
-        trial_timeout_s: a trial that takes longer is taken for hung and its worker ended; None waits.
+        trial_timeout_s: a trial that takes longer is taken for hung and its worker ended, and so is one that
+            takes longer to build the evaluator; None waits.
+        gpus_per_worker: a share of one, or a whole number.
 
     Raises:
         ValueError: for a number out of range.
@@ -77,6 +81,11 @@ class EngineConfig:
         for name in ("cpus_per_worker", "gpus_per_worker"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"cluster.{name} must be finite and at least 0, got {getattr(self, name)}")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                "cluster.gpus_per_worker is a share of one GPU, or a whole number, got "
+                f"{self.gpus_per_worker:g}"
+            )
         if self.trial_timeout_s is not None and not 0 < self.trial_timeout_s < math.inf:
             raise ValueError(f"cluster.trial_timeout_s must be positive, got {self.trial_timeout_s}")
         if self.num_workers is None and self.address is None and "RAY_ADDRESS" not in os.environ:
@@ -256,8 +265,9 @@ class VectorTrial(tune.Trainable):
         for _ in range(self._num_attempts):
             try:
                 if self._evaluate is None:
-                    self._evaluate = self._factory()
-                values = as_numbers(self._watched(self._evaluate, vector))
+                    self._evaluate = self._watched(self._factory)
+                evaluate = partial(self._evaluate, vector, self._sample_budget)
+                values = as_numbers(self._watched(evaluate))
             except Exception as error:  # noqa: BLE001  (whatever a user's evaluator raises is recorded)
                 reason = f"{type(error).__name__}: {error}"
                 failure = {"failure": reason, "is_built": self._evaluate is not None}
@@ -272,13 +282,13 @@ class VectorTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load."""
 
-    def _watched(self, evaluate: Evaluator, vector: Any) -> Any:
-        """Evaluate; after the timeout a thread outside Python ends this process, whatever it is doing."""
+    def _watched(self, work: Callable[[], Any]) -> Any:
+        """Do it; after the timeout a thread outside Python ends this process, whatever it is doing."""
         if self._timeout_s is None:
-            return evaluate(vector, self._sample_budget)
+            return work()
         faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.stderr.fileno())
         try:
-            return evaluate(vector, self._sample_budget)
+            return work()
         finally:
             faulthandler.cancel_dump_traceback_later()
 

@@ -54,7 +54,7 @@ def find_front(
     config = sampler or SamplerConfig()
     proposer = create_sampler(problem, config)
     with open_study(Path(study), problem, proposer) as opened:
-        enqueue(opened, [*beginning, *proposer.first_vectors()], problem.space)
+        enqueue(opened, [*beginning, *proposer.first_vectors()], problem)
         dispatcher = Dispatcher(
             opened, problem, budget, on_trial=on_trial,
             batch_size=config.population_size if deterministic else None,

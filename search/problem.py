@@ -1,5 +1,6 @@
 """What a search is about: the space, what it optimises, and what it forbids."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from search.variation import uniform_vector
 CheapQuantity = Callable[[Any], float]
 """A quantity of a vector that costs next to nothing, such as predicted latency."""
 NUM_PROBES = 2000
+NUM_DRAWS = 20_000
 REASON, WORKER, ELAPSED = NOTES = ("reason", "worker", "elapsed_s")
 """What the study notes of a trial beside its quantities."""
 
@@ -160,7 +162,7 @@ class SearchProblem:
         return corner
 
     def require_feasible(self) -> None:
-        """Check that cheap quantities are numbers, and that some vector meets each constraint on them.
+        """Check that cheap quantities are numbers, and that some vector meets all constraints on them.
 
         Raises:
             ValueError: naming the quantity and its value, or the constraint and the reachable range.
@@ -171,6 +173,13 @@ class SearchProblem:
             low, high = self.reachable(constraint.name)
             if low > constraint.upper or high < constraint.lower:
                 raise ValueError(f"no vector has {constraint}: reachable is {low:.4g} to {high:.4g}")
+        rng = np.random.default_rng(1)
+        draws = (uniform_vector(self.space, rng) for _ in range(NUM_DRAWS))
+        if not any(map(self.admits, itertools.chain(self._probes(), draws))):
+            raise ValueError(
+                f"none of {NUM_DRAWS:,} vectors meets {self.described_constraints} at once: widen the "
+                "constraints"
+            )
 
     @property
     def evaluated_constraints(self) -> list[Constraint]:

@@ -6,6 +6,7 @@ opening. A trial that was in flight stays so in the study; `in_flight` finds it 
 """
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from search.problem import REASON, SearchProblem
 from search.space import SearchSpace, Vector
 from search.variation import SearchExhausted
 
+logger = logging.getLogger(__name__)
 STUDY_NAME = "sparsity"
 INTERRUPTED = "interrupted before its vector was drawn"
 IDENTITY = "search"
@@ -102,12 +104,19 @@ def close_undrawn(study: Study, trial: Trial) -> None:
     study.tell(trial, state=TrialState.FAIL)
 
 
-def enqueue(study: Study, vectors: Sequence[Vector], space: SearchSpace) -> None:
-    """Put vectors that the study has not seen at the head of the search."""
-    seen = seen_vectors(study, space)
+def enqueue(study: Study, vectors: Sequence[Vector], problem: SearchProblem) -> None:
+    """Put vectors that the study has not seen at the head of the search.
+
+    Those that the cheap constraints forbid are left out, with a warning.
+    """
+    seen = seen_vectors(study, problem.space)
     for vector in dict.fromkeys(vectors):
-        if vector not in seen:
-            study.enqueue_trial(encode(vector, space))
+        if not problem.admits(vector):
+            logger.warning(
+                "%s is left out of the search: it breaks %s", list(vector), problem.described_constraints
+            )
+        elif vector not in seen:
+            study.enqueue_trial(encode(vector, problem.space))
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:
@@ -225,7 +234,7 @@ def _identify(study: Study, path: Path, identity: Mapping[str, Any]) -> None:
             study.set_metric_names([text.split(maxsplit=1)[1] for text in identity["objectives"]])
         study.set_user_attr(IDENTITY, identity)
         return
-    for name in {**known, **identity}:
+    for name in {**dict.fromkeys(("experiment",)), **known, **identity}:  # what tells most comes first
         if known.get(name) != identity.get(name):
             raise ValueError(
                 f"{path} holds a study with other {name}: {_compact(known.get(name))}, not "

@@ -41,6 +41,14 @@ def uniform_vector(space: SearchSpace, rng: np.random.Generator) -> Vector:
     return space.canonicalize(values)
 
 
+def leaning_vector(space: SearchSpace, rng: np.random.Generator) -> Vector:
+    """Draw all genes about the same level, which is drawn first: the ends are as frequent as the middle."""
+    level = rng.random()
+    return space.canonicalize(
+        choices[rng.binomial(len(choices) - 1, level)] for choices in space.gene_choices
+    )
+
+
 def crossover(first: Vector, second: Vector, space: SearchSpace, rng: np.random.Generator) -> Vector:
     """Uniform crossover: every gene from one parent or the other."""
     from_first = rng.random(len(first)) < 0.5

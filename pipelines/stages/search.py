@@ -41,7 +41,12 @@ class Search:
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         search = build.plain(run.config.search)
-        for name in ("dry_run", "storage", "max_failures"):  # say nothing about the result
+        for name in (
+            "dry_run",
+            "storage",
+            "max_failures",
+            "population_size",
+        ):  # not of the result, or the sampler's
             del search[name]
         return {
             "search": search,
@@ -58,7 +63,7 @@ class Search:
         first = [*warm_start(list(config.warm_start), run.space), *sampler.first_vectors()]
         keys = {name: run.results[name].key for name in self.needs}
         with open_study(study_file(run, folder), problem, sampler, about=self.about(run, keys)) as study:
-            enqueue(study, first, run.space)  # those that an earlier process enqueued are skipped
+            enqueue(study, first, problem)  # those that an earlier process enqueued are skipped
             progress, stopped_by = self._search(run, folder, study, problem)
         logger.info("  the search ends: %s", stopped_by)
         if has_too_many_failures(progress, config.max_failures):

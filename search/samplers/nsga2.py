@@ -13,6 +13,9 @@ from search.samplers.base import GenerationSampler, Parent, SamplerConfig
 from search.space import Vector
 from search.variation import crossover, first_generation, mutate
 
+MIN_FIRST_VECTORS = 16
+"""Enough for both ends, the contrasts of four stages, uniform vectors and a spread over the range."""
+
 
 class VectorNSGAIISampler(GenerationSampler, NSGAIISampler):
     """NSGA-II over vectors: children are legal, unseen and within the constraints."""
@@ -22,12 +25,16 @@ class VectorNSGAIISampler(GenerationSampler, NSGAIISampler):
         GenerationSampler.__init__(self, problem, config)
 
     def first_vectors(self) -> list[Vector]:
-        """A first generation that is spread over the range of the first cheap objective."""
+        """Vectors that are spread over the range of the first cheap objective.
+
+        A generation of them, or more where generations are small.
+        """
         space, quantities = self.problem.space, self.problem.quantities
         cheap = [objective.name for objective in self.problem.objectives if objective.name in quantities]
         return first_generation(
             quantities[cheap[0]] if cheap else sum, space, self.problem.admits,
-            np.random.default_rng(self.config.seed), num_vectors=self.config.population_size,
+            np.random.default_rng(self.config.seed),
+            num_vectors=max(self.config.population_size, MIN_FIRST_VECTORS),
         )  # fmt: skip
 
     def propose(

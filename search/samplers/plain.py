@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 from search.problem import SearchProblem
 from search.samplers.base import SamplerConfig, VectorSampler
 from search.space import Vector, at_level
-from search.variation import SearchExhausted, random_vector, uniform_vector
+from search.variation import SearchExhausted, leaning_vector, random_vector, uniform_vector
 
 NUM_CANDIDATES = 64
 
@@ -41,7 +41,11 @@ class RandomVectorSampler(VectorSampler):
         if self._range is None:
             self._range = self.problem.reachable(self.config.spread)
         level = rng.uniform(*self._range)
-        candidates = [uniform_vector(self.problem.space, rng) for _ in range(NUM_CANDIDATES)]
+        candidates = [
+            draw(self.problem.space, rng)
+            for draw in (uniform_vector, leaning_vector)  # the ends of the range are rare in the space
+            for _ in range(NUM_CANDIDATES // 2)
+        ]
         new = [vector for vector in candidates if vector not in known and self.problem.admits(vector)]
         return min(new or candidates, key=lambda vector: abs(quantity(vector) - level))
 

@@ -104,7 +104,7 @@ def start(problem: SearchProblem, name: str, seed: int, population: int, num_eva
     config = SamplerConfig(name, seed, population, num_parents=max(2, population // 4))
     sampler = create_sampler(problem, config)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-    enqueue(study, sampler.first_vectors(), problem.space)
+    enqueue(study, sampler.first_vectors(), problem)
     return Dispatcher(study, problem, Budget(num_evaluations))
 
 

@@ -66,6 +66,13 @@ def test_full_scale_is_the_papers_recipe() -> None:
     assert config.sampler.mutation_probability == 0.1
 
 
+def test_the_papers_search_has_its_population_at_every_scale() -> None:
+    for scale in SCALES:
+        config = composed(f"scale={scale}", "data.root=/data", "sampler=evolution")
+        sampler = build.sampler(config)
+        assert (sampler.population_size, sampler.num_parents) == (100, 25)
+
+
 def test_full_scale_steps_on_a_few_images() -> None:
     """Swin-T at 672×672: one training step and one evaluation of the real model."""
     config = composed("scale=full", "data.root=/data")
@@ -122,6 +129,7 @@ def test_full_scale_steps_on_a_few_images() -> None:
         ("init=/no/such/file.pth", "no such file or folder; use shipped, scratch, or a"),
         ("device=gpu", "device=gpu"),
         ("cluster.num_workers=0", "cluster.num_workers must be an integer, at least 1, got 0"),
+        ("cluster.gpus_per_worker=1.5", "a share of one GPU, or a whole number, got 1.5"),
         ("cluster.gpus_per_worker=64", "cluster.gpus_per_worker=64, but torch finds"),
         ("seed=-1", r"seed must be between 0 and 2\*\*32 - 1, got -1"),
         ("search.seed=99999999999", r"search.seed must be between 0 and 2\*\*32 - 1"),

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from search.dispatch import Budget, Dispatcher
 from search.engine import EngineConfig, run_search
-from search.evaluator import Evaluator
+from search.evaluator import Evaluator, EvaluatorFactory
 from search.problem import Objective, SearchProblem
 from search.samplers import SamplerConfig, create_sampler
 from search.space import GeneSpace, Vector
@@ -61,7 +61,10 @@ class Treacherous:
 
 @dataclass(frozen=True)
 class Logged:
-    """Takes a moment; every worker leaves a file that says which GPUs it was given."""
+    """Takes a moment; every worker leaves a file that says which GPUs it was given.
+
+    The file `begun` has a line for every evaluation that began, in order.
+    """
 
     folder: Path
     seconds: float = 0.1
@@ -70,16 +73,27 @@ class Logged:
         (self.folder / f"worker-{os.getpid()}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
         def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
+            with (self.folder / "begun").open("a") as log:
+                log.write(f"{list(vector)}\n")
             time.sleep(self.seconds)
             return {"ap": 1 - sum(vector) / 4}
 
         return evaluate
 
 
+@dataclass(frozen=True)
+class Stuck:
+    """Never has an evaluator ready."""
+
+    def __call__(self) -> Evaluator:
+        time.sleep(1000)
+        raise AssertionError
+
+
 def search(
     folder: Path,
     num_evaluations: int,
-    factory: Treacherous | Logged,
+    factory: EvaluatorFactory,
     *,
     batch_size: int | None = None,
     **config: Any,
@@ -90,7 +104,7 @@ def search(
     first = [RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE]
     with open_study(folder / "study.journal", PROBLEM, sampler) as study:
         if isinstance(factory, Treacherous):
-            enqueue(study, first, SPACE)
+            enqueue(study, first, PROBLEM)
         dispatcher = Dispatcher(
             study, PROBLEM, Budget(num_evaluations), batch_size=batch_size,
             on_trial=lambda trial, progress: told.append(trial),

@@ -37,7 +37,7 @@ def search(
     config = SamplerConfig(sampler, population_size=POPULATION, num_parents=4)
     chosen = create_sampler(the_problem, config)
     with open_study(path, the_problem, chosen) as study:
-        enqueue(study, chosen.first_vectors(), SPACE)
+        enqueue(study, chosen.first_vectors(), the_problem)
         num_told = 0
         dispatcher = Dispatcher(study, the_problem, Budget(num_evaluations), batch_size=POPULATION)
         running: list[Trial] = []

@@ -22,6 +22,7 @@ from tests.search_tests.evaluators import (
     RAISES,
     SPACE,
     Logged,
+    Stuck,
     Treacherous,
     search,
 )
@@ -50,6 +51,11 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
             assert vector is not None
             assert trial.values == [trial.user_attrs["ap"], 10 - sum(vector)]
             assert trial.user_attrs["extra"] == 7
+
+
+def test_a_worker_that_hangs_while_it_builds_the_evaluator_is_ended(tmp_path: Path) -> None:
+    (trial,) = search(tmp_path, 1, Stuck(), num_workers=1, num_retries=0, trial_timeout_s=2)
+    assert trial.user_attrs[REASON] == "no result within 2 s, so its worker was ended"
 
 
 def test_deterministic_for_any_number_of_workers_and_after_a_kill(tmp_path: Path) -> None:

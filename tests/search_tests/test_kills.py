@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from optuna.trial import TrialState
@@ -16,6 +17,7 @@ from tests.ray_cluster import ROOT, Cluster, two_nodes, wait_until
 from tests.search_tests.evaluators import SPACE
 
 NUM_EVALUATIONS = 75  # of 81 vectors
+MAX_IN_FLIGHT = 8
 DRIVER = """
 import sys
 from tests.search_tests.evaluators import *
@@ -37,13 +39,19 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     chance.shuffle(victims)
     journal = tmp_path / "study.journal"
     known: dict[int, list[float] | None] = {}
+    times_begun: dict[int, int] = {}
 
     def note_finished() -> int:
-        """What was told stays as it was told."""
+        """What was told stays as it was told, and is not evaluated again."""
         trials = {trial.number: trial for trial in counted_trials(read_study(journal))}
         for number, values in known.items():
             assert trials[number].values == values
         known.update({number: trial.values for number, trial in trials.items()})
+        begun = Counter((tmp_path / "begun").read_text().splitlines())
+        for number, trial in trials.items():
+            vector = vector_of(trial, SPACE)
+            assert vector is not None
+            assert times_begun.setdefault(number, begun[str(list(vector))]) == begun[str(list(vector))] > 0
         return len(known)
 
     with two_nodes(tmp_path) as cluster:
@@ -67,6 +75,8 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     trials = counted_trials(read_study(journal))
     assert len({vector_of(trial, SPACE) for trial in trials}) == NUM_EVALUATIONS
     assert all(trial.state == TrialState.COMPLETE for trial in trials)
+    num_begun = sum(times_begun.values())
+    assert NUM_EVALUATIONS < num_begun <= NUM_EVALUATIONS + len(victims) * MAX_IN_FLIGHT
 
 
 def kill_workers(folder: Path) -> None:

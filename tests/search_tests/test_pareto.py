@@ -103,6 +103,15 @@ def test_infeasible_budget_names_the_reachable_range() -> None:
         problem.require_feasible()
 
 
+def test_constraints_that_no_vector_meets_at_once() -> None:
+    problem = SearchProblem(
+        SPACE, [LATENCY], {"ms": ms, "area": lambda vector: vector.ratios[0]},
+        constraints=[Constraint("ms", upper=7.0), Constraint("area", upper=0.3)],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"none of 20,000 vectors meets ms ≤ 7, area ≤ 0.3 at once"):
+        problem.require_feasible()
+
+
 @pytest.mark.parametrize(
     ("objectives", "constraints", "message"),
     [

@@ -1,9 +1,11 @@
 """Every sampler: Optuna's contract, legal and new vectors, and the same ones from the same seed."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from optuna.samplers import BaseSampler
@@ -43,7 +45,7 @@ def searched(
     the_problem = problem(*constraints)
     sampler = create_sampler(the_problem, SamplerConfig(name, seed, population_size=8, num_parents=2))
     with open_study(folder / f"{name}-{seed}.journal", the_problem, sampler) as study:
-        enqueue(study, sampler.first_vectors(), SPACE)
+        enqueue(study, sampler.first_vectors(), the_problem)
         run_alone(Dispatcher(study, the_problem, Budget(num_trials)))
     return study
 
@@ -171,3 +173,25 @@ def test_a_space_too_large_to_list_is_refused() -> None:
     large = problem(space=SparsitySpace((2, 2, 18, 2)))
     with pytest.raises(ValueError, match="sampler=exhaustive lists every vector"):
         create_sampler(large, SamplerConfig("exhaustive"))
+
+
+def test_a_small_population_begins_with_uniform_and_spread_vectors_too() -> None:
+    """As the embedded recipes': dense, sparsest and what each stage is worth are not all."""
+    sampler = create_sampler(problem(), SamplerConfig("nsga2", population_size=8, num_parents=2))
+    vectors = sampler.first_vectors()
+    assert len(set(vectors)) == 16
+    assert {SPACE.dense, SPACE.sparsest} <= set(vectors)
+    assert sum(len(set(vector)) == 1 for vector in vectors) >= 4
+    values = sorted(sum(vector) for vector in vectors)
+    assert max(b - a for a, b in itertools.pairwise(values)) < 1.2
+
+
+def test_random_over_latency_reaches_both_ends(tmp_path: Path) -> None:
+    the_problem = problem()
+    config = SamplerConfig("random", population_size=8, num_parents=2, spread="latency_ms")
+    with open_study(tmp_path / "study.journal", the_problem, create_sampler(the_problem, config)) as study:
+        run_alone(Dispatcher(study, the_problem, Budget(300)))
+        latencies = [trial.values[1] for trial in study.trials]
+    low, high = the_problem.reachable("latency_ms")
+    tenths, _ = np.histogram(latencies, bins=10, range=(low, high))
+    assert min(tenths) >= 12  # of 30

@@ -30,8 +30,8 @@ def run(path: Path, num_trials: int) -> None:
 
 def test_enqueued_vectors_come_first_and_once(tmp_path: Path) -> None:
     with open_study(tmp_path / "study.journal", problem(), SAMPLER) as study:
-        enqueue(study, [SPACE.sparsest, SPACE.uniform(0.5), SPACE.sparsest], SPACE)
-        enqueue(study, [SPACE.sparsest], SPACE)
+        enqueue(study, [SPACE.sparsest, SPACE.uniform(0.5), SPACE.sparsest], problem())
+        enqueue(study, [SPACE.sparsest], problem())
         run_alone(Dispatcher(study, problem(), Budget(3)))
         vectors = [vector_of(trial, SPACE) for trial in study.trials]
     assert vectors[:2] == [SPACE.sparsest, SPACE.uniform(0.5)]
@@ -40,7 +40,7 @@ def test_enqueued_vectors_come_first_and_once(tmp_path: Path) -> None:
 
 def test_enqueued_vectors_belong_to_the_first_generation(tmp_path: Path) -> None:
     with open_study(tmp_path / "study.journal", problem(), SAMPLER) as study:
-        enqueue(study, list(SPACE)[:8], SPACE)
+        enqueue(study, list(SPACE)[:8], problem())
         run_alone(Dispatcher(study, problem(), Budget(16)))
         generations = [trial.system_attrs["VectorNSGAIISampler:generation"] for trial in study.trials]
     assert generations == [0] * 8 + [1] * 8
@@ -67,7 +67,7 @@ def test_trials_in_flight_are_found_again_as_they_were(tmp_path: Path) -> None:
 def test_a_trial_killed_before_its_vector_was_drawn_costs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     with open_study(path, problem(), SAMPLER) as study:
-        enqueue(study, [SPACE.uniform(0.4)], SPACE)
+        enqueue(study, [SPACE.uniform(0.4)], problem())
         study.ask()  # the enqueued one, no gene of it written
         study.ask()  # nothing drawn at all
     with open_study(path, problem(), SAMPLER) as study:
@@ -209,3 +209,31 @@ def test_encoding_round_trip() -> None:
     assert decode(encode(vector, SPACE), SPACE) == vector
     assert list(encode(vector, SPACE)) == list(distributions(SPACE))
     assert evaluate(vector)["ap"] <= 1
+
+
+def test_a_vector_that_the_cheap_constraints_forbid_is_not_enqueued(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bounded = problem(Constraint("latency_ms", upper=8))
+    sampler = create_sampler(bounded, SamplerConfig("nsga2", population_size=8, num_parents=2))
+    with open_study(tmp_path / "study.journal", bounded, sampler) as study:
+        enqueue(study, [SPACE.dense, SPACE.sparsest], bounded)
+        assert len(study.trials) == 1
+        assert "is left out of the search: it breaks latency_ms ≤ 8" in caplog.text
+        study.enqueue_trial(encode(SPACE.dense, SPACE))  # by somebody else: evaluated, but not on the front
+        dispatcher = Dispatcher(study, bounded, Budget(2))
+        run_alone(dispatcher)
+    assert dispatcher.progress.num_infeasible == 1
+    assert [member.vector for member in dispatcher.progress.front.members] == [SPACE.sparsest]
+
+
+def test_another_experiment_is_named_first(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    with open_study(path, problem(), SAMPLER, about={"experiment": "coco"}):
+        pass
+    other = SearchProblem(SPACE, [Objective("miou", "maximize")], {}, ("miou",))
+    with (
+        pytest.raises(ValueError, match='holds a study with other experiment: "coco", not "cityscapes"'),
+        open_study(path, other, SAMPLER, about={"experiment": "cityscapes"}),
+    ):
+        pass
