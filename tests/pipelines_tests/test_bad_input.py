@@ -35,8 +35,8 @@ def test_where_a_search_cannot_run_or_write_it_fails_before_training(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+experiment=nothing"], "Available options in 'experiment':\n\tcityscapes\n\tcoco"),
-        ([], "choose an experiment: +experiment=cityscapes, +experiment=coco"),
+        (["+experiment=nothing"], "Available options in 'experiment':\n\tcityscapes\n\tcoco\n\tnuscenes"),
+        ([], "choose an experiment: +experiment=cityscapes, +experiment=coco, +experiment=nuscenes"),
         (["+experiment=coco", "sampler=x"], "Available options in 'sampler':\n\tevolution"),
         (["+experiment=coco", "train.epochz=1"], "valid keys here: epochs, batch_size"),
         (["+experiment=coco", "train.epochs=many"], "'many' of type 'str' could not be converted to Float"),
