@@ -23,6 +23,7 @@ from sparsevit.adaptation import sampling_law
 from sparsevit.backbone import BACKBONES, SparseSwin, create_backbone
 from sparsevit.data.drives import DrivesConfig, write_drives
 from sparsevit.data.errors import DataError
+from sparsevit.data.generated import MARKER
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.data.split import DataSplit
 from sparsevit.data.streets import StreetsConfig, write_streets
@@ -274,6 +275,11 @@ def is_generated(config: ConfigSchema) -> bool:
     """Whether the data is the project's own, not the user's."""
     generated = config.data.generated
     return generated is not None and Path(config.data.root).resolve() == Path(generated.root).resolve()
+
+
+def has_data(config: ConfigSchema) -> bool:
+    """Whether the data set is there already; the project's own is drawn when it is first needed."""
+    return not is_generated(config) or (Path(config.data.root) / MARKER).is_file()
 
 
 def loads_classifier(config: ConfigSchema) -> bool:

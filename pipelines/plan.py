@@ -8,14 +8,22 @@ from pipelines.artifacts import read_json
 from pipelines.context import SCORES_FILE, Run, Stage
 from pipelines.stages.search import cheap_quantities
 from search.warm_start import warm_start
+from sparsevit.backbone import BACKBONES
+from sparsevit.latency.macs import count_macs
 
 logger = logging.getLogger(__name__)
 
 
 def print_plan(run: Run, stages: Sequence[Stage], keys: Mapping[str, str]) -> None:
-    """The stages, the space, the reachable latency, the number of evaluations, the expected time."""
+    """The stages, the space, the reachable latency, the number of evaluations, the expected time.
+
+    Args:
+        keys: of the stages; none while the data that they depend on is not drawn yet.
+    """
     config = run.config
-    finished = {stage.name: run.store.find(stage.name, keys[stage.name]) for stage in stages}
+    finished = {
+        stage.name: run.store.find(stage.name, keys[stage.name]) if keys else None for stage in stages
+    }
     states = [f"{name} ({'finished' if result else 'to do'})" for name, result in finished.items()]
     print(f"stages:       {', '.join(states)}")
     space, budget = run.space, build.budget(config)
@@ -25,7 +33,15 @@ def print_plan(run: Run, stages: Sequence[Stage], keys: Mapping[str, str]) -> No
     )
     calibration = finished.get("calibrate")
     if calibration is None:
-        print("latency:      not calibrated yet: until=calibrate measures this device")
+        height, width = config.latency.image_size
+        shape = BACKBONES[config.backbone.name]
+        dense, sparsest = (
+            count_macs(shape, (height, width), vector) for vector in (space.dense, space.sparsest)
+        )
+        print(
+            "latency:      not calibrated yet (until=calibrate measures this device); the sparsest "
+            f"vector has {sparsest / dense:.0%} of the dense one's {dense / 1e9:.3g} GMACs"
+        )
     else:
         problem = build.problem(config, cheap_quantities(run, calibration.folder))
         low, high = problem.reachable("latency_ms")
@@ -42,8 +58,15 @@ def print_plan(run: Run, stages: Sequence[Stage], keys: Mapping[str, str]) -> No
     }
     bounds = [f"{value:g} {name}" for name, value in ends.items() if value is not None]
     print(f"budget:       {' or '.join(bounds)}, {config.cluster.num_workers or 'all possible'} at a time")
-    num_images = min(config.search.num_images or len(run.search_set), len(run.search_set))
+    generated = config.data.generated
+    if keys or generated is None:
+        num_there = len(run.search_set)
+    else:
+        num_there = int(generated.num_images.get("search", config.data.num_search))
+    num_images = min(config.search.num_images or num_there, num_there)
     seconds = seconds_per_image(run, finished)
+    if config.search.max_hours is not None:
+        print(f"time:         at most {config.search.max_hours:g} h")
     if seconds is None:
         print(f"time:         unknown until a model is evaluated here; {num_images} images per evaluation")
     elif budget.num_evaluations is not None:

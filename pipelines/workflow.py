@@ -44,6 +44,9 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
         "%s at scale %s: %s, %s", config.experiment, config.scale, config.backbone.name, build.device(config)
     )
     output = Path(config.output) / config.experiment
+    if config.search.dry_run and not build.has_data(config):
+        print_plan(Run(config, ArtifactStore(output / "stages"), NoTracker()), stages, {})
+        return {}
     run = Run(config, ArtifactStore(output / "stages"), NoTracker())
     keys = stage_keys(run, stages)
     if "search" in keys:

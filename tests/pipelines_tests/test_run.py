@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def test_mlflow_has_a_run_with_its_results_stages_and_trials(finished: Path) -> 
     trials = [run for name, run in runs.items() if name.startswith("trial")]
     assert len(trials) == 6
     assert all({"latency_ms", "mask_ap"} <= set(run.data.metrics) for run in trials)
+    search = runs["search"]
+    curves = {"hypervolume", "feasible_share", "num_failed", "predictor_rmspe", "predictor_spearman"}
+    assert curves <= set(search.data.metrics)
+    assert len(client.get_metric_history(search.info.run_id, "hypervolume")) >= 6
+    artifacts = {file.path for file in client.list_artifacts(search.info.run_id)}
+    assert {"front.json", "front.csv", "front.html", "front.png"} <= artifacts
     assert all(run.info.status == "FINISHED" for run in runs.values())
 
 
@@ -117,6 +124,21 @@ def test_dry_run_says_what_would_happen_and_does_nothing(finished: Path) -> None
     assert sorted(path.name for path in (finished / "out").rglob("*")) == before
 
 
+def test_dry_run_in_an_empty_folder_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_pipeline(composed(*tiny_run(tmp_path, "search.dry_run=true", "search.max_hours=2"))) == {}
+    printed = capsys.readouterr().out
+    assert "stages:       train (to do), adapt (to do)" in printed
+    assert re.search(
+        r"latency:      not calibrated yet .* the sparsest vector has \d+% of the dense", printed
+    )
+    assert "budget:       6 evaluations or 2 hours" in printed
+    assert "time:         at most 2 h" in printed
+    assert "6 images per evaluation" in printed
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_a_deterministic_search_with_a_warm_start_and_a_time_limit(
     finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,11 +146,20 @@ def test_a_deterministic_search_with_a_warm_start_and_a_time_limit(
         "search.deterministic=true", "search.warm_start=[coco_34ms]", "until=search",
         "search.max_hours=1", "search.plateau=100", "tracking.trials=front",
     )  # fmt: skip
+    began = 1000 * time.time()
     with caplog.at_level(logging.INFO):
         results = run_pipeline(composed(*tiny_run(finished, *overrides)))
     assert "the search ends: 6 evaluations are done" in caplog.text
     folder = results["search"].folder
     assert (folder / "front.csv").is_file()
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'out' / 'mlflow.db'}")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "coco"]
+    nested = [
+        run
+        for run in client.search_runs([experiment.experiment_id], max_results=500)
+        if (run.info.run_name or "").startswith("trial") and run.info.start_time >= began
+    ]
+    assert len(nested) == results["search"].metrics["num_front_members"]  # and no other trial
     study = read_study(folder / "study.journal")
     assert tuple(study.trials[0].params.values()) == PUBLISHED["coco_34ms"]
 

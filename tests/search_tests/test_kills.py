@@ -47,6 +47,8 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
         for number, values in known.items():
             assert trials[number].values == values
         known.update({number: trial.values for number, trial in trials.items()})
+        if not trials:
+            return 0
         begun = Counter((tmp_path / "begun").read_text().splitlines())
         for number, trial in trials.items():
             vector = vector_of(trial, SPACE)
