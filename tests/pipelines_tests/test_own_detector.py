@@ -53,7 +53,7 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (
             "detection",
-            "unknown task 'detection'; choose one of instance_segmentation, .*, or your own as module:callable",
+            "unknown task 'detection'; choose one of instance_segmentation, .*, or your own as module:",
         ),
         ("no_such_module:Task", "task 'no_such_module:Task' cannot be imported: No module named"),
         ("json:Task", "task 'json:Task' cannot be imported: module 'json' has no attribute 'Task'"),
