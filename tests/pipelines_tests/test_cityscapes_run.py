@@ -14,6 +14,7 @@ from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 from pipelines.workflow import STAGES, run_pipeline
 from sparsevit import load_exported
 from sparsevit.backbone import BACKBONES
+from sparsevit.data.streets import StreetsConfig, write_streets
 from tests.pipelines_tests.configuration import command, composed, tiny_run
 
 
@@ -85,3 +86,19 @@ def test_a_folder_of_transformers_is_imported_whole(tmp_path: Path) -> None:
     results = run_pipeline(composed(*overrides, experiment="cityscapes"))
     assert results["train"].metrics["num_steps"] == 0
     assert 0 <= results["train"].metrics["miou"] < 0.3
+
+
+def test_bad_data_that_a_loading_process_finds_is_a_message(tmp_path: Path) -> None:
+    """It reaches the command line under its own type, but from PyTorch's code."""
+    write_streets(
+        tmp_path / "mine", StreetsConfig(image_size=(64, 128), num_images={"train": 6, "search": 3, "val": 3})
+    )
+    for path in (tmp_path / "mine" / "gtFine" / "train").rglob("*.png"):
+        Image.new("L", (128, 64), 200).save(path)
+    overrides = ("data.verify=none", "train.num_workers=1", "until=train", "tracking=none")
+    result = subprocess.run(
+        command(tmp_path, f"data.root={tmp_path / 'mine'}", *overrides, experiment="cityscapes"),
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "has the label ids [200]" in result.stderr

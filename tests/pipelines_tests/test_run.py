@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from pipelines.workflow import STAGES, run_pipeline
 from search.study import read_study
@@ -64,6 +65,14 @@ def test_mlflow_has_a_run_with_its_results_stages_and_trials(finished: Path) -> 
     artifacts = {file.path for file in client.list_artifacts(search.info.run_id)}
     assert {"front.json", "front.csv", "front.html", "front.png"} <= artifacts
     assert all(run.info.status == "FINISHED" for run in runs.values())
+
+
+def test_the_report_has_every_class_and_pictures(finished: Path) -> None:
+    report = next((finished / "out").glob("coco/stages/report-*"))
+    assert "mask_ap/disc" in (report / "classes.csv").read_text()
+    with Image.open(report / "pictures.png") as sheet:
+        assert min(sheet.size) > 500
+    assert "data:image/png;base64," in (report / "report.html").read_text()
 
 
 def test_export_loads_and_predicts(finished: Path) -> None:
