@@ -90,7 +90,7 @@ class VectorSampler(BaseSampler):
         return []
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._genes
+        return dict(self._genes)  # PartialFixedSampler takes out what it fixes
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

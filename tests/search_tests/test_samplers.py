@@ -1,19 +1,12 @@
-"""Every sampler: Optuna's contract, legal and new vectors, and the same ones from the same seed."""
+"""Every sampler: legal and new vectors, the same ones from the same seed, and better ones than chance."""
 
 import itertools
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
-from optuna.samplers import BaseSampler
-from optuna.testing.pytest_samplers import (
-    BasicSamplerTestCase,
-    MultiObjectiveSamplerTestCase,
-    RelativeSamplerTestCase,
-)
 
 from search.dispatch import Budget, Dispatcher
 from search.encoding import vector_of
@@ -27,16 +20,6 @@ from tests.search_tests.problems import SPACE, accuracy, latency, problem, run_a
 
 LEARNING = ("nsga2", "evolution", "tpe", "nsga2_stock")
 OPEN_ENDED = (*LEARNING, "random", "exhaustive")
-
-
-class TestContract(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSamplerTestCase):
-    """Optuna's own tests of what a sampler must do in any study."""
-
-    @pytest.fixture(params=sorted(SAMPLERS))
-    def sampler(self, request: pytest.FixtureRequest) -> Callable[[], BaseSampler]:
-        return lambda: create_sampler(
-            problem(), SamplerConfig(request.param, population_size=8, num_parents=2)
-        )
 
 
 def searched(

@@ -15,24 +15,9 @@ from search.variation import (
     random_vector,
 )
 from sparsevit.sparsity import SparsitySpace, SparsityVector
+from tests.search_tests.scripted import Scripted
 
 SPACE = SparsitySpace((2, 2, 6, 2))
-
-
-class Scripted(np.random.Generator):
-    """A generator whose draws are written down."""
-
-    def __init__(self, uniforms: list[object], integers: list[object]) -> None:
-        super().__init__(np.random.PCG64(0))
-        self.uniforms, self.draws = iter(uniforms), iter(integers)
-
-    def random(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-        value = next(self.uniforms)
-        return np.array(value) if isinstance(value, list) else value
-
-    def integers(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-        value = next(self.draws)
-        return np.array(value) if isinstance(value, list) else value
 
 
 def test_random_vector_is_sorted_inside_stages() -> None:
@@ -44,6 +29,21 @@ def test_crossover_takes_genes_from_either_parent_then_sorts() -> None:
     first, second = SparsityVector((0.1,) * 6), SparsityVector((0.7,) * 6)
     rng = Scripted([[0.4, 0.6, 0.9, 0.1, 0.9, 0.1]], [])
     assert tuple(crossover(first, second, SPACE, rng)) == (0.1, 0.7, 0.1, 0.7, 0.7, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("from_first", "expected"),
+    [
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0], (0.1, 0.2, 0.1, 0.2, 0.3, 0.8)),  # all of the first
+        ([0.9, 0.9, 0.9, 0.9, 0.9, 0.9], (0.0, 0.6, 0.5, 0.6, 0.7, 0.4)),  # all of the second
+        ([0.9, 0.4, 0.4, 0.9, 0.4, 0.9], (0.0, 0.2, 0.1, 0.3, 0.6, 0.4)),  # 0.1 0.6 0.3, sorted
+        ([0.5, 0.49, 0.9, 0.9, 0.4, 0.4], (0.0, 0.2, 0.3, 0.5, 0.6, 0.8)),  # 0.5 is the second's
+    ],
+)
+def test_crossover_table(from_first: list[float], expected: tuple[float, ...]) -> None:
+    first = SparsityVector((0.1, 0.2, 0.1, 0.2, 0.3, 0.8))
+    second = SparsityVector((0.0, 0.6, 0.5, 0.6, 0.7, 0.4))
+    assert tuple(crossover(first, second, SPACE, Scripted([from_first], []))) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,46 @@ def test_mutation_table(uniforms: list[object], integers: list[object], expected
     rng = Scripted(uniforms, integers)
     mutant = mutate(SparsityVector((0.4,) * 6), SPACE, rng, probability=0.1)
     assert tuple(mutant) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "draws", "expected"),
+    [
+        (0.0, [0], 0.1),  # the only neighbour of the first choice
+        (0.8, [0], 0.7),  # the only neighbour of the last
+        (0.4, [0], 0.3),
+        (0.4, [1], 0.5),
+    ],
+)
+def test_neighbours_at_the_bounds_of_the_choices(value: float, draws: list[object], expected: float) -> None:
+    rng = Scripted([[1, 1, 1, 1, 1, 0.0], 0.4], [0, *draws])
+    mutant = mutate(SparsityVector((0.4,) * 5 + (value,)), SPACE, rng, probability=0.1)
+    assert tuple(mutant) == (0.4,) * 5 + (expected,)
+
+
+@pytest.mark.parametrize(
+    ("chances", "integers", "expected"),
+    [
+        # every gene below the probability goes anywhere else, and no chance decides between near and far
+        ([0.09, 1, 1, 1, 1, 0.0], [0, 1, 8], (0.5, 0.4, 0.4, 0.4, 0.4, 0.3)),
+        # 0.1 is not below the probability: none is chosen, so the third gene is
+        ([0.1, 1, 1, 1, 1, 1], [2, 4], (0.4, 0.4, 0.4, 0.4, 0.8, 0.4)),
+        # a gene that the generator names changes nothing where another one is chosen already
+        ([1, 0.05, 1, 1, 1, 1], [3, 5], (0.4, 0.0, 0.4, 0.4, 0.4, 0.4)),
+    ],
+)
+def test_the_papers_mutation_goes_to_any_choice(
+    chances: list[float], integers: list[object], expected: tuple[float, ...]
+) -> None:
+    rng = Scripted([chances], integers)
+    parent = SparsityVector((0.4,) * 6)
+    assert tuple(mutate(parent, SPACE, rng, probability=0.1, is_local=False)) == expected
+
+
+def test_a_gene_with_one_choice_never_changes() -> None:
+    space = SparsitySpace((2, 2), choices=(0.5,))
+    rng = np.random.default_rng(0)
+    assert mutate(space.dense, space, rng, probability=1.0) == space.dense
 
 
 def test_children_of_random_parents_are_legal_and_mutants_differ() -> None:
