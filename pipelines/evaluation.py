@@ -1,12 +1,15 @@
 """The evaluator of the search: a supernet in a worker, scored on the search split."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from search.evaluator import Evaluator
 from sparsevit.backbone import create_backbone
@@ -16,13 +19,36 @@ from sparsevit.tasks import create_task
 
 
 @dataclass(frozen=True)
+class SharedTensor:
+    """A tensor as bytes, which the workers of a node read where Ray's object store has them."""
+
+    data: NDArray[np.uint8]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "SharedTensor":
+        flat = tensor.detach().cpu().contiguous().flatten()
+        return cls(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """The tensor, without a copy. It may be in memory that cannot be written to."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            return torch.from_numpy(self.data).view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class SupernetEvaluatorFactory:
-    """Everything a worker needs to build the supernet; travels through Ray's object store."""
+    """Everything a worker needs to build the supernet; travels through Ray's object store.
+
+    On the CPU the workers of a node share one copy of the weights.
+    """
 
     backbone: str
     task: str
     task_config: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, SharedTensor]
     data_root: Path
     split: str
     sample_ids: tuple[Any, ...]
@@ -35,9 +61,7 @@ class SupernetEvaluatorFactory:
         torch.set_num_threads(self.num_threads)
         device = torch.device(self.device)
         task = create_task(self.task, self.task_config)
-        model = task.build_model(create_backbone(self.backbone))
-        model.load_state_dict(dict(self.weights))
-        model.eval().to(device)
+        model = self.model().to(device)
         dataset = task.data(self.data_root, self.split).subset(self.sample_ids)
         all_samples = dataset.sample_ids
 
@@ -48,3 +72,10 @@ class SupernetEvaluatorFactory:
             return {name: scores[name] for name in task.metrics}
 
         return evaluate
+
+    def model(self) -> nn.Module:
+        """The supernet on the CPU, to be scored, not trained."""
+        model = create_task(self.task, self.task_config).build_model(create_backbone(self.backbone))
+        weights = {name: value.tensor() for name, value in self.weights.items()}
+        model.load_state_dict(weights, assign=True)
+        return model.eval()

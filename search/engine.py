@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import cloudpickle, tune
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -121,7 +123,10 @@ def run_search(
     start_ray(config)
     try:
         _require_room(config)
-        with tempfile.TemporaryDirectory(prefix="sparsevit-tune-") as scratch:
+        with (
+            tempfile.TemporaryDirectory(prefix="sparsevit-tune-") as scratch,
+            _memory_kills_lose_workers(),
+        ):
             trainable = tune.with_resources(
                 tune.with_parameters(
                     VectorTrial,
@@ -364,6 +369,28 @@ class _InOrder(FIFOScheduler):
         trials = tune_controller.get_trials()
         if len(trials) > MAX_REMEMBERED:
             trials[:] = [known for known in trials if not known.is_finished()]
+
+
+@contextmanager
+def _memory_kills_lose_workers() -> Iterator[None]:
+    """Have Tune take a worker that Ray killed for want of memory for a lost one.
+
+    Tune ends the whole run at an error that is neither an actor's nor a task's, and Ray's
+    `OutOfMemoryError` is neither.
+    """
+    handle = RayActorManager._actor_task_failed
+
+    def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, (RayActorError, RayTaskError)):
+            message = f"{type(exception).__name__}: {str(exception).splitlines()[0]}"
+            exception = RayActorError(error_msg=message)
+        handle(manager, tracked_actor_task, exception)  # type: ignore[no-untyped-call]
+
+    RayActorManager._actor_task_failed = failed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = handle  # type: ignore[method-assign]
 
 
 class _TellLostWorkers(Callback):

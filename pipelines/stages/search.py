@@ -13,7 +13,7 @@ from pipelines import build
 from pipelines.artifacts import content_key
 from pipelines.context import Run
 from pipelines.errors import RunStopped
-from pipelines.evaluation import SupernetEvaluatorFactory
+from pipelines.evaluation import SharedTensor, SupernetEvaluatorFactory
 from pipelines.search_log import FRONT_FILE, SearchLog
 from pipelines.stages.calibrate import PREDICTOR_FILE
 from pipelines.terminal import SearchView
@@ -156,7 +156,9 @@ class Search:
             backbone=run.config.backbone.name,
             task=run.config.task.name,
             task_config=asdict(run.task.config),
-            weights={name: value.cpu() for name, value in run.model_of("adapt").state_dict().items()},
+            weights={
+                name: SharedTensor.of(value) for name, value in run.model_of("adapt").state_dict().items()
+            },
             data_root=split.root.resolve(),
             split=split.split,
             sample_ids=tuple(split.sample_ids),

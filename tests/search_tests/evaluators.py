@@ -19,9 +19,10 @@ from search.study import enqueue, open_study
 
 CHOICES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SPACE = GeneSpace({"early": CHOICES, "late": CHOICES})
-RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE = (
-    (ratio, ratio) for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE, NAN_ONCE = (
+    (ratio, ratio) for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 )
+GREEDY = (0.7, 0.7)
 PROBLEM = SearchProblem(
     SPACE,
     (Objective("ap", "maximize"), Objective("latency_ms", "minimize")),
@@ -38,9 +39,10 @@ class Treacherous:
 
     def __call__(self) -> Evaluator:
         def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
+            note_begun(self.folder, vector)
             if vector == RAISES:
                 raise MemoryError("CUDA out of memory, say")
-            if vector == GIVES_NAN:
+            if vector == GIVES_NAN or (vector == NAN_ONCE and self.is_first("not a number")):
                 return {"ap": float("nan")}
             if vector == LOSES_WORKER:
                 os._exit(1)
@@ -63,7 +65,8 @@ class Treacherous:
 class Logged:
     """Takes a moment; every worker leaves a file that says which GPUs it was given.
 
-    The file `begun` has a line for every evaluation that began, in order.
+    The file `begun` has a line for every evaluation that began, in order; those of `worked-<process>`
+    say from when to when.
     """
 
     folder: Path
@@ -73,9 +76,29 @@ class Logged:
         (self.folder / f"worker-{os.getpid()}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
         def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
-            with (self.folder / "begun").open("a") as log:
-                log.write(f"{list(vector)}\n")
+            note_begun(self.folder, vector)
+            begin = time.time()
             time.sleep(self.seconds)
+            with (self.folder / f"worked-{os.getpid()}").open("a") as log:
+                log.write(f"{begin} {time.time()}\n")
+            return {"ap": 1 - sum(vector) / 4}
+
+        return evaluate
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Takes all the memory there is for one vector."""
+
+    folder: Path
+
+    def __call__(self) -> Evaluator:
+        def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
+            note_begun(self.folder, vector)
+            held = []
+            while vector == GREEDY:
+                held.append(b"1" * (100 * 2**20))
+                time.sleep(0.05)
             return {"ap": 1 - sum(vector) / 4}
 
         return evaluate
@@ -90,6 +113,16 @@ class Stuck:
         raise AssertionError
 
 
+def note_begun(folder: Path, vector: Vector) -> None:
+    with (folder / "begun").open("a") as log:
+        log.write(f"{list(vector)}\n")
+
+
+def times_begun(folder: Path, vector: Vector) -> int:
+    """How often an evaluation of a vector has begun."""
+    return (folder / "begun").read_text().splitlines().count(str(list(vector)))
+
+
 def search(
     folder: Path,
     num_evaluations: int,
@@ -101,10 +134,12 @@ def search(
     """Search in `folder` and return the trials that were told in this call."""
     told: list[FrozenTrial] = []
     sampler = create_sampler(PROBLEM, SamplerConfig(population_size=4, num_parents=2))
-    first = [RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE]
+    first = [RAISES, GIVES_NAN, LOSES_WORKER, RAISES_ONCE, HANGS, HANGS_ONCE, NAN_ONCE]
     with open_study(folder / "study.journal", PROBLEM, sampler) as study:
         if isinstance(factory, Treacherous):
             enqueue(study, first, PROBLEM)
+        if isinstance(factory, Greedy):
+            enqueue(study, [GREEDY], PROBLEM)
         dispatcher = Dispatcher(
             study, PROBLEM, Budget(num_evaluations), batch_size=batch_size,
             on_trial=lambda trial, progress: told.append(trial),

@@ -1,5 +1,6 @@
 """The engine on a real Ray: failures, hangs, lost workers, bad settings."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -17,14 +18,20 @@ from search.study import counted_trials, read_study
 from tests.ray_cluster import ROOT, wait_until
 from tests.search_tests.evaluators import (
     GIVES_NAN,
+    GREEDY,
     HANGS,
+    HANGS_ONCE,
     LOSES_WORKER,
+    NAN_ONCE,
     RAISES,
+    RAISES_ONCE,
     SPACE,
+    Greedy,
     Logged,
     Stuck,
     Treacherous,
     search,
+    times_begun,
 )
 
 NUM_BATCHED = 14
@@ -45,12 +52,34 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
     assert "nan" in failed[GIVES_NAN].user_attrs[REASON]
     assert "ActorDiedError" in failed[LOSES_WORKER].user_attrs[REASON]
     assert failed[HANGS].user_attrs[REASON] == "no result within 3 s, so its worker was ended"
+    for vector in (*failed, RAISES_ONCE, HANGS_ONCE, NAN_ONCE):
+        assert vector is not None
+        assert times_begun(tmp_path, vector) == 2  # one retry each, and no third attempt
     for trial in trials:
         if trial.state == TrialState.COMPLETE:
             vector = vector_of(trial, SPACE)
             assert vector is not None
+            assert times_begun(tmp_path, vector) == 1 + (vector in (RAISES_ONCE, HANGS_ONCE, NAN_ONCE))
             assert trial.values == [trial.user_attrs["ap"], 10 - sum(vector)]
             assert trial.user_attrs["extra"] == 7
+
+
+def test_a_worker_killed_for_want_of_memory_costs_its_trial_alone(tmp_path: Path) -> None:
+    """Ray itself kills it, at a threshold a little above what this machine uses now."""
+    used, total = ray._private.utils.get_used_memory(), ray._private.utils.get_system_memory()
+    monitor = {"memory_usage_threshold": (used + 1.5 * 2**30) / total, "memory_monitor_refresh_ms": 100}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=monitor)
+    try:
+        search(tmp_path, 6, Greedy(tmp_path), num_workers=2, num_retries=1)
+    finally:
+        ray.shutdown()
+    trials = counted_trials(read_study(tmp_path / "study.journal"))
+    assert len(trials) == 6
+    (failed,) = (trial for trial in trials if trial.state != TrialState.COMPLETE)
+    assert vector_of(failed, SPACE) == GREEDY
+    assert "OutOfMemoryError" in failed.user_attrs[REASON]
+    assert "running low on memory" in failed.user_attrs[REASON]
+    assert times_begun(tmp_path, GREEDY) == 2
 
 
 def test_a_worker_that_hangs_while_it_builds_the_evaluator_is_ended(tmp_path: Path) -> None:
@@ -104,9 +133,21 @@ def test_workers_keep_their_model_and_share_a_gpu(tmp_path: Path) -> None:
     finally:
         ray.shutdown()
     given = [path.read_text() for path in tmp_path.glob("worker-*")]
+    assert most_at_a_time(tmp_path) == 2
     # Tune may give a worker that is still starting up for one that is free already.
     assert 2 <= len(given) <= 4
     assert set(given) == {"0"}
+
+
+def most_at_a_time(folder: Path) -> int:
+    """The largest number of workers that evaluated at the same moment, by what they noted."""
+    moments = [
+        (float(moment), change)
+        for path in folder.glob("worked-*")
+        for line in path.read_text().splitlines()
+        for moment, change in zip(line.split(), (1, -1), strict=True)
+    ]
+    return max(itertools.accumulate(change for _, change in sorted(moments)))
 
 
 def test_what_no_worker_can_do_stops_the_search_with_its_reason(tmp_path: Path) -> None:
