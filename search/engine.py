@@ -384,9 +384,9 @@ def _memory_kills_lose_workers() -> Iterator[None]:
         if isinstance(exception, RayError) and not isinstance(exception, (RayActorError, RayTaskError)):
             message = f"{type(exception).__name__}: {str(exception).splitlines()[0]}"
             exception = RayActorError(error_msg=message)
-        handle(manager, tracked_actor_task, exception)  # type: ignore[no-untyped-call]
+        handle(manager, tracked_actor_task, exception)
 
-    RayActorManager._actor_task_failed = failed  # type: ignore[method-assign]
+    RayActorManager._actor_task_failed = failed  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

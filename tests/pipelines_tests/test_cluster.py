@@ -30,11 +30,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path: Path) -> None:
     """Submit, kill a node in mid-search: the front comes out, the budget is spent once."""
     address = f"http://127.0.0.1:{cluster.dashboard}"
-    stranger = subprocess.run(
-        [BIN / "ray", "job", "list", "--address", address], capture_output=True, text=True, check=False,
-        env={**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
-    )  # fmt: skip
-    assert stranger.returncode != 0
     overrides = tiny_run(
         tmp_path, "cluster=ray", "cluster.num_workers=null", f"search.num_evaluations={NUM_EVALUATIONS}",
         f"search.storage={tmp_path / 'study.journal'}", "until=search",
@@ -49,15 +44,24 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
             break
         time.sleep(10)
     assert submitted.returncode == 0, submitted.stderr
+    for token, is_known in ((cluster.environment["RAY_AUTH_TOKEN"], True), (secrets.token_hex(32), False)):
+        answer = subprocess.run(
+            [BIN / "ray", "job", "list", "--address", address], capture_output=True, text=True, check=False,
+            env={**cluster.environment, "RAY_AUTH_TOKEN": token},
+        )  # fmt: skip
+        assert (answer.returncode == 0) == is_known
+        assert ("Invalid authentication token" in answer.stderr + answer.stdout) != is_known
 
-    def num_finished() -> int:
+    def nodes_of_finished() -> list[str]:
         journal = tmp_path / "study.journal"
-        return len(counted_trials(read_study(journal))) if journal.is_file() else 0
+        trials = counted_trials(read_study(journal)) if journal.is_file() else []
+        return [trial.user_attrs.get(WORKER, "").partition("/")[0] for trial in trials]
 
-    wait_until(lambda: num_finished() >= 8, 400, "first trials")
+    wait_until(lambda: len({*nodes_of_finished()} - {""}) == 2, 400, "trials on both nodes")
     cluster.kill_node()
-    before = num_finished()
-    wait_until(lambda: num_finished() > before + 3, 120, "trials on the node that is left")
+    before = len(nodes_of_finished())
+    wait_until(lambda: len(nodes_of_finished()) > before + 3, 120, "trials on the node that is left")
+    left = nodes_of_finished()[-1]
     status = ""
 
     def is_over() -> bool:
@@ -71,6 +75,9 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
     trials = counted_trials(read_study(tmp_path / "study.journal"))
     assert len(trials) == NUM_EVALUATIONS
     assert [trial.user_attrs for trial in trials if trial.state != TrialState.COMPLETE] == []
+    nodes = nodes_of_finished()
+    assert len({*nodes}) == 2  # the lost one had had work
+    assert {*nodes[-10:]} == {left}
     (run,) = (tmp_path / "out" / "coco" / "runs").iterdir()
     assert find_journal(run) == tmp_path / "study.journal"
     assert json.loads((run / "search" / "front.json").read_text())["members"]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 from optuna.trial import FrozenTrial, TrialState
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 
 from search.encoding import vector_of
 from search.engine import EngineConfig, check_cluster
@@ -66,7 +68,7 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
 
 def test_a_worker_killed_for_want_of_memory_costs_its_trial_alone(tmp_path: Path) -> None:
     """Ray itself kills it, at a threshold a little above what this machine uses now."""
-    used, total = ray._private.utils.get_used_memory(), ray._private.utils.get_system_memory()
+    used, total = get_used_memory(), get_system_memory()  # type: ignore[no-untyped-call]
     monitor = {"memory_usage_threshold": (used + 1.5 * 2**30) / total, "memory_monitor_refresh_ms": 100}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=monitor)
     try:
