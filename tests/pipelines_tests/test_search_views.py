@@ -1,9 +1,13 @@
 """What people look at: the live view, the files of the front, and the comparison of searches."""
 
 import io
+import json
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,6 +22,7 @@ from search.problem import Objective, SearchProblem
 from search.samplers import SamplerConfig, create_sampler
 from search.study import counted_trials, open_study
 from sparsevit.sparsity import SparsityVector
+from tests.ray_cluster import BIN, free_port, wait_until
 from tests.search_tests.problems import SPACE, evaluate, latency, problem, run_alone
 
 
@@ -108,6 +113,38 @@ def test_compare_tells_which_search_wins_where(tmp_path: Path) -> None:
         assert f"{volume:.4g}" in result.stdout
     assert "64" in result.stdout and "*" in result.stdout
     assert "hypervolume" in page.read_text()
+
+
+def test_optuna_dashboard_opens_the_study_as_it_is(tmp_path: Path) -> None:
+    """The command, and what its page asks the server for."""
+    study = searched(tmp_path, num_trials=24) / "study.journal"
+    port = free_port()
+    server = subprocess.Popen(
+        [BIN / "optuna-dashboard", str(study), "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def answer(path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as reply:
+            return json.loads(reply.read())
+
+    def is_up() -> bool:
+        try:
+            return bool(answer("/api/studies"))
+        except urllib.error.URLError:
+            return False
+
+    try:
+        wait_until(is_up, 60, "answer of optuna-dashboard")
+        (summary,) = answer("/api/studies")["study_summaries"]
+        assert summary["directions"] == ["maximize", "minimize"]
+        shown = answer(f"/api/studies/{summary['study_id']}?after=0")
+        assert len(shown["trials"]) == 24
+        assert {each["name"] for each in shown["union_search_space"]} == {*SPACE.gene_names}
+        assert all(trial["state"] == "Complete" and len(trial["values"]) == 2 for trial in shown["trials"])
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_history_is_what_the_search_saw(tmp_path: Path) -> None:
