@@ -210,7 +210,7 @@ def _draw_boxes(max_distance: float, rng: np.random.Generator) -> tuple[NDArray[
     """Cuboids on the ground that do not touch: [I, 7] in the ego frame, and their classes."""
     boxes: list[list[float]] = []
     labels: list[str] = []
-    for _ in range(int(rng.integers(6, 11))):
+    for _ in range(int(rng.integers(8, 14))):
         label = CLASSES[int(rng.integers(len(CLASSES)))]
         size = [extent * float(rng.uniform(0.9, 1.1)) for extent in KINDS[label].size]
         reach = math.hypot(size[0], size[1]) / 2
