@@ -19,7 +19,7 @@ from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import load_model_weights
 from sparsevit.data.split import DataSplit
-from sparsevit.latency.calibration import device_name
+from sparsevit.latency.machine import device_name
 from sparsevit.precision import autocast, resolve_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task

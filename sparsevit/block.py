@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import stochastic_depth
 
 from sparsevit.attention import WindowAttention
 from sparsevit.linear import is_fused, linear, linear_add, linear_gelu
@@ -208,6 +207,8 @@ class SwinBlock(nn.Module):
         if not self.training or self.drop_path_rate == 0.0:
             return linear_add(x, layer, tokens_SC)
         branch: Tensor = layer(x)
+        from torchvision.ops import stochastic_depth  # training alone needs torchvision
+
         kept: Tensor = stochastic_depth(branch.view(num_images, -1), self.drop_path_rate, mode="row")
         return tokens_SC + kept.view_as(branch)
 

@@ -9,7 +9,6 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -89,6 +88,8 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> Any:
+    from safetensors.torch import load_file  # measuring a device needs torch alone
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -111,6 +112,8 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], *, dtype: torch.dty
         name: (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
         for name, value in weights.items()
     }
+    from safetensors.torch import save_file
+
     partial = path.with_name(path.name + ".partial")
     partial.touch()
     mode = partial.stat().st_mode

@@ -1,18 +1,17 @@
 """Calibrate a device: measure whole forward passes, fit the predictor, score it on others."""
 
 import copy
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from sparsevit.backbone import SparseSwin
 from sparsevit.data.order import seeded
+from sparsevit.latency.machine import describe_machine, device_name
 from sparsevit.latency.macs import count_macs
 from sparsevit.latency.predictor import LatencyPredictor, LatencySetting, fit_line, score_predictions
 from sparsevit.latency.timing import time_interleaved_ms
@@ -83,7 +82,34 @@ def calibrate(
         "repeat_noise": noise,
         "num_measurements": float(config.num_rounds * len(latencies)),
     }
-    return replace(predictor, scores=scores, date=datetime.now(UTC).isoformat(timespec="seconds"))
+    return replace(
+        predictor,
+        scores=scores,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        provenance=describe_machine(device),
+    )
+
+
+def validate(
+    predictor: LatencyPredictor,
+    backbone: SparseSwin,
+    config: CalibrationConfig,
+    on_call: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Score a predictor on `num_held_out` random vectors, measured now on the device `backbone` is on.
+
+    Args:
+        config: of what the predictor is about, with a seed that its calibration did not have.
+        on_call: called after each of ``num_rounds · num_held_out`` forward passes.
+
+    Returns:
+        As `score_predictions`, and ``repeat_noise``: the relative standard error of a measured latency.
+    """
+    generator = seeded(config.seed)
+    vectors = [predictor.space.draw(generator) for _ in range(config.num_held_out)]
+    latencies, noise = measure_ms(backbone, vectors, config, on_call)
+    scores = score_predictions([predictor.predict(vector) for vector in vectors], latencies)
+    return scores | {"repeat_noise": noise}
 
 
 def num_calls(space: SparsitySpace, config: CalibrationConfig) -> int:
@@ -147,18 +173,6 @@ def describe_setting(name: str, config: CalibrationConfig, device: torch.device)
         image_size=config.image_size,
         backbone=name,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _sweeps(space: SparsitySpace) -> list[SparsityVector]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Array = NDArray[np.float64]
 
 
@@ -45,6 +45,7 @@ class LatencyPredictor:
         setting: what was measured.
         scores: how well it predicts vectors that were held out of the fit.
         date: when it was calibrated, ISO 8601.
+        provenance: more about the machine, for people.
     """
 
     space: SparsitySpace
@@ -53,6 +54,7 @@ class LatencyPredictor:
     setting: LatencySetting
     scores: Mapping[str, float] = field(default_factory=dict)
     date: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         values = np.array([self.base_ms, *(term for row in self.terms_ms for term in row)])
@@ -73,6 +75,21 @@ class LatencyPredictor:
         self.space.validate(sparsity)
         index = {choice: position for position, choice in enumerate(self.space.choices)}
         return self.base_ms + sum(row[index[r]] for row, r in zip(self.terms_ms, sparsity, strict=True))
+
+    def predict_all(self) -> tuple[Array, Array]:
+        """Every vector of the space with its milliseconds: [V, genes] in lexicographic order, and [V]."""
+        terms, choices = np.array(self.terms_ms), np.array(self.space.choices)
+        ratios, latencies = np.empty((1, 0)), np.array([self.base_ms])
+        first = 0
+        for size in self.space.group_sizes:
+            index = np.array([*itertools.combinations_with_replacement(range(len(choices)), size)])
+            added = terms[np.arange(first, first + size), index].sum(axis=1)
+            latencies = (latencies[:, None] + added).ravel()
+            ratios = np.hstack(
+                (np.repeat(ratios, len(index), axis=0), np.tile(choices[index], (len(ratios), 1)))
+            )
+            first += size
+        return ratios, latencies
 
     @classmethod
     def fit(
@@ -117,6 +134,7 @@ class LatencyPredictor:
             "schema_version": SCHEMA_VERSION,
             "date": self.date,
             "setting": asdict(self.setting),
+            "provenance": dict(self.provenance),
             "scores": dict(self.scores),
             "depths": list(self.space.depths),
             "choices": list(self.space.choices),
@@ -136,6 +154,10 @@ class LatencyPredictor:
         Raises:
             ValueError: if the file is broken, of another schema version or not finite.
         """
+        if not path.is_file():
+            raise ValueError(
+                f"there is no latency table {path}: `python -m sparsevit.latency calibrate` writes one"
+            )
         try:
             content: dict[str, Any] = json.loads(path.read_text())
             if content["schema_version"] != SCHEMA_VERSION:
@@ -151,6 +173,7 @@ class LatencyPredictor:
                 LatencySetting(**setting),
                 content["scores"],
                 content["date"],
+                content["provenance"],
             )
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a usable latency table: {error}; calibrate again") from error

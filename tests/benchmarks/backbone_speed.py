@@ -31,7 +31,8 @@ import transformers
 from torch import Tensor, nn
 
 from sparsevit import BACKBONES, SparseSwin, SparsityVector, create_backbone, export_backbone_weights
-from sparsevit.latency.calibration import DTYPES, device_name
+from sparsevit.latency.calibration import DTYPES
+from sparsevit.latency.machine import device_name
 from sparsevit.latency.macs import count_macs
 from sparsevit.latency.timing import time_interleaved_ms
 

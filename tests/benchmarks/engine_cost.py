@@ -32,7 +32,7 @@ from search.problem import Objective, SearchProblem
 from search.progress import SearchProgress
 from search.samplers import SamplerConfig, create_sampler
 from search.study import open_study
-from sparsevit.latency.calibration import device_name
+from sparsevit.latency.machine import device_name
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
 SPACE = SparsitySpace((2, 2, 6, 2))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsevit import SparseSwin, SparsityVector, create_backbone
-from sparsevit.latency.calibration import device_name
+from sparsevit.latency.machine import device_name
 from sparsevit.latency.timing import time_interleaved_ms
 
 

@@ -1,0 +1,69 @@
+"""The machine that is measured: what it is, and whether it is busy with something else."""
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsevit
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Where a measurement comes from, beyond what a prediction depends on; without what cannot be read."""
+    found: dict[str, Any] = {
+        "release": sparsevit.__version__,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "processor": device_name(torch.device("cpu")),
+    }
+    clock = _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq"))
+    if clock:
+        found["max_clock_mhz"] = int(clock) // 1000
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+        driver = _first_line(Path("/proc/driver/nvidia/version"))
+        if driver:
+            found["driver"] = driver
+    return found
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Share of all processors' time that was not idle while this process slept; 0 where nobody tells."""
+    before = _processor_times()
+    time.sleep(seconds)
+    after = _processor_times()
+    if before is None or after is None or after[1] == before[1]:
+        return 0.0
+    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _processor_times() -> tuple[int, int] | None:
+    """Idle and total ticks of all processors since the start."""
+    stat = _first_line(Path("/proc/stat"))
+    if stat is None:
+        return None
+    user_to_steal = [int(field) for field in stat.split()[1:9]]
+    return user_to_steal[3] + user_to_steal[4], sum(user_to_steal)
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
