@@ -27,6 +27,7 @@ from sparsevit.data.generated import MARKER
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.data.split import DataSplit
 from sparsevit.data.streets import StreetsConfig, write_streets
+from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.calibration import CalibrationConfig
 from sparsevit.precision import check_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
@@ -62,6 +63,7 @@ def check(config: ConfigSchema) -> None:
     sampling_law(config.adapt.law)
     check_precision(config.evaluation.precision)
     calibration(config)
+    latency_table(config)
     engine(config)
     _one_of("sampler.name", config.sampler.name, tuple(SAMPLERS))
     _one_of("finetune.rule", config.finetune.rule, RULES)
@@ -174,11 +176,51 @@ def training(stage: TrainingSchema, num_images: int) -> TrainingConfig:
 
 
 def calibration(config: ConfigSchema) -> CalibrationConfig:
-    fields = plain(config.latency)
+    fields = {name: value for name, value in plain(config.latency).items() if value is not None}
+    fields.pop("path", None)
     if len(fields["image_size"]) != 2:
         raise ConfigurationError(f"latency.image_size must be [height, width], got {fields['image_size']}")
     fields["image_size"] = tuple(fields["image_size"])
     return CalibrationConfig(**fields)
+
+
+def latency_table(config: ConfigSchema) -> LatencyPredictor | None:
+    """The user's own latency table; None where this device is to be calibrated.
+
+    Raises:
+        ConfigurationError: if it is about something else than the configuration, naming what, and how to
+            make one that fits.
+    """
+    if config.latency.path is None:
+        return None
+    if not config.latency.path:
+        raise ConfigurationError(
+            "latency=table needs latency.path=/path/to/latency.json, which `python -m sparsevit.latency "
+            "calibrate` writes on the device"
+        )
+    path, wanted = Path(config.latency.path), calibration(config)
+    table = LatencyPredictor.load(path)
+    known, asked = table.setting, space(config)
+    differences = [
+        f"{name}={theirs} instead of {ours}"
+        for name, theirs, ours in (
+            ("backbone", known.backbone, config.backbone.name),
+            ("image_size", list(known.image_size), list(wanted.image_size)),
+            ("batch_size", known.batch_size, wanted.batch_size),
+            ("dtype", known.dtype, wanted.dtype),
+            ("choices", list(table.space.choices), list(asked.choices)),
+        )
+        if theirs != ours
+    ]
+    if differences:
+        height, width = wanted.image_size
+        raise ConfigurationError(
+            f"the latency table {path} is about {', '.join(differences)}. On the device: python -m "
+            f"sparsevit.latency calibrate {config.backbone.name} latency.json --image-size {height} {width} "
+            f"--batch-size {wanted.batch_size} --dtype {wanted.dtype} "
+            f"--choices {' '.join(f'{choice:g}' for choice in asked.choices)}"
+        )
+    return table
 
 
 def engine(config: ConfigSchema) -> EngineConfig:

@@ -145,12 +145,15 @@ class FinetuneSchema(TrainingSchema):
 
 @dataclass
 class LatencySchema:
+    """What a latency is of, and how much is measured for it; nothing where `path` names a table."""
+
+    path: str | None = None
     batch_size: int = MISSING
     image_size: list[int] = MISSING
     dtype: str = MISSING
-    num_vectors: int = MISSING
-    num_held_out: int = MISSING
-    num_rounds: int = MISSING
+    num_vectors: int | None = None
+    num_held_out: int | None = None
+    num_rounds: int | None = None
 
 
 @dataclass

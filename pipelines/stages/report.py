@@ -15,6 +15,7 @@ from pipelines.artifacts import write_text
 from pipelines.context import Run
 from pipelines.plots import write_pictures, write_report
 from pipelines.progress import progress_bar
+from pipelines.stages.calibrate import PREDICTOR_FILE
 from pipelines.stages.finetune import chosen_member, front_members
 from pipelines.stages.search import search_problem, study_file
 from search.pareto import FrontMember, ParetoFront
@@ -24,6 +25,7 @@ from search.study import counted_trials, read_study
 from sparsevit.data.order import seeded
 from sparsevit.export import export_model
 from sparsevit.kept_windows import trace_kept_windows
+from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.calibration import measure_ms
 from sparsevit.precision import resolve_precision
 from sparsevit.sparsity import SparsityVector
@@ -194,6 +196,13 @@ def _thin(members: Sequence[FrontMember], chosen: SparsityVector, limit: int | N
     return [member for index, member in enumerate(members) if index in picked or member.vector == chosen]
 
 
+def _predicted_for(run: Run) -> dict[str, str]:
+    """The device of the user's own latency table, if it is another one than here."""
+    setting = LatencyPredictor.load(run.results["calibrate"].folder / PREDICTOR_FILE).setting
+    is_here = setting.device == run.machine()["device"]
+    return {} if is_here else {"predicted for": f"{setting.device}, {setting.num_threads} threads"}
+
+
 def _header(run: Run) -> dict[str, Any]:
     return {
         "experiment": run.config.experiment,
@@ -201,6 +210,7 @@ def _header(run: Run) -> dict[str, Any]:
         "backbone": run.config.backbone.name,
         "latency of": f"the backbone, batch {run.config.latency.batch_size}, "
         f"{'×'.join(map(str, run.config.latency.image_size))}, {run.config.latency.dtype}",
+        **_predicted_for(run),
         "device": run.machine()["device"],
         "threads": run.machine()["threads"],
         "torch": torch.__version__,

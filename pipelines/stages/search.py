@@ -124,7 +124,8 @@ class Search:
         )
         errors = run.results["calibrate"].metrics
         run.tracker.log_metrics(
-            self.name, {f"predictor_{name}": errors[name] for name in ("rmspe", "spearman")}
+            self.name,
+            {f"predictor_{name}": errors[name] for name in ("rmspe", "spearman") if name in errors},
         )
 
         def on_trial(trial: FrozenTrial, progress: SearchProgress) -> None:

@@ -12,6 +12,8 @@ from pipelines import build
 from pipelines.artifacts import content_key
 from pipelines.run import CONF
 from sparsevit.data.order import seeded
+from sparsevit.latency import LatencyPredictor
+from sparsevit.latency.predictor import LatencySetting
 from sparsevit.sparsity import SparsitySpace
 from sparsevit.training import TrainingConfig
 from tests.pipelines_tests.configuration import composed
@@ -39,7 +41,7 @@ def test_every_experiment_composes_and_builds_at_every_scale(experiment: str, sc
         choice
         for group in ("task", "data", "backbone", "latency", "sampler", "cluster", "tracking")
         for choice in choices(group)
-        if choice != "task=own"  # docs/own-detector.md, run by a test
+        if choice not in ("task=own", "latency=table")  # they need files of the user's, in tests of their own
     ],
 )
 def test_every_choice_of_every_group_composes_and_builds(choice: str) -> None:
@@ -112,6 +114,8 @@ def test_full_scale_steps_on_a_few_images() -> None:
         ("train.epochs=-1", "epochs must be finite and at least 0, got -1"),
         ("train.schedule=linear", "schedule must be one of cosine, polynomial, step"),
         ("latency.dtype=int8", "dtype must be one of"),
+        ("latency=table", "latency=table needs latency.path=/path/to/latency.json, which `python -m"),
+        ("latency=table latency.path=/no/table.json", "there is no latency table /no/table.json"),
         ("latency.image_size=[1,2,3]", r"must be \[height, width\]"),
         ("data.verify=maybe", "data.verify is 'maybe'"),
         ("init_classifier=perhaps", "init_classifier is 'perhaps'; choose one of load, random"),
@@ -189,3 +193,28 @@ def test_users_data_is_found_by_its_root_alone(tmp_path: Path) -> None:
     assert (len(train), len(search), len(report)) == (16, 4, 5)
     assert not set(train.sample_ids) & set(search.sample_ids)
     assert report.split == "val2017"
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        (
+            "latency.image_size=[64,96]",
+            r"image_size=\[256, 256\] instead of \[64, 96\]\. .*--image-size 64 96",
+        ),
+        ("latency.batch_size=1", "batch_size=4 instead of 1. On the device: .* --batch-size 1"),
+        ("latency.dtype=bf16", "dtype=fp32 instead of bf16"),
+        ("backbone=swin_t", "backbone=swin_nano instead of swin_t. .*calibrate swin_t"),
+        ("backbone.choices=[0,0.5]", r"choices=.* instead of \[0.0, 0.5\]\. .*--choices 0 0.5"),
+    ],
+)
+def test_a_latency_table_of_something_else_is_refused(tmp_path: Path, override: str, difference: str) -> None:
+    space = SparsitySpace((2, 2, 6, 2))
+    terms = tuple((0.0, *(-float(step) for step in range(1, 9))) for _ in range(6))
+    setting = LatencySetting("a board", 4, "2.11", "fp32", 4, (256, 256), "swin_nano")
+    path = tmp_path / "latency.json"
+    LatencyPredictor(space, 100.0, terms, setting).save(path)
+    of_table = ["latency=table", f"latency.path={path}"]
+    assert build.latency_table(composed(*of_table)) is not None
+    with pytest.raises(ValueError, match=f"latency.json is about {difference}"):
+        build.check(composed(*of_table, override))

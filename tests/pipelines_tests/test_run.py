@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipelines.workflow import STAGES, run_pipeline
 from search.study import read_study
 from search.warm_start import PUBLISHED
 from sparsevit import load_exported
+from sparsevit.latency import LatencyPredictor
 from tests.pipelines_tests.configuration import command, composed, tiny_run
 
 
@@ -96,6 +98,25 @@ def test_again_is_skipped_and_other_choices_share_stages(
         composed(*tiny_run(finished, "finetune.rule=knee", "tracking=none", "until=finetune"))
     )
     assert {name for name, result in rule.items() if not result.was_reused} == {"finetune"}
+
+
+def test_a_table_of_another_device_takes_the_place_of_calibration(finished: Path) -> None:
+    measured = next((finished / "out").glob("coco/stages/calibrate-*/latency.json"))
+    table = finished / "board.json"
+    board = LatencyPredictor.load(measured)
+    replace(board, setting=replace(board.setting, device="a board"), base_ms=2 * board.base_ms).save(table)
+    overrides = ("latency=table", f"latency.path={table}", "tracking=none")
+    result = subprocess.run(
+        command(finished, *overrides), cwd=finished, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "the latency table is of a board; the report measures here, on " in result.stdout + result.stderr
+    assert "train: skipped" in result.stdout and "adapt: skipped" in result.stdout
+    pages = [path.read_text() for path in (finished / "out").glob("coco/stages/report-*/report.html")]
+    assert len([page for page in pages if "a board, " in page and "predicted for" in page]) == 1
+    dense = result.stdout.split("\n")
+    (row,) = (line.split() for line in dense if line.split()[:1] == ["dense"])
+    assert float(row[1]) == pytest.approx(2 * board.base_ms, abs=0.01)
 
 
 def test_sweep_shares_the_stages_it_has_in_common(finished: Path) -> None:
