@@ -15,6 +15,8 @@ from sparsevit.tasks.lift_splat import Cameras
 from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
+MIN_DRAWN_SCORE = 0.3  # what counts in the evaluation would hide the pictures
+
 
 class Detection3D:
     """The task of the nuScenes experiment: mAP of a BEVDet."""
@@ -96,11 +98,12 @@ class Detection3D:
         images, target = self._seen(dataset)[index]
         device = next(model.parameters()).device
         (found,) = model(to_inputs([images], device), _cameras([target]), sparsity=sparsity)
+        is_drawn = (found.scores > MIN_DRAWN_SCORE).cpu()
         cameras = Cameras(*(target[name] for name in Cameras._fields))
         pictures: dict[str, Tensor] = {}
         for title, boxes, labels in (
             ("ground truth", target["boxes"], target["labels"]),
-            ("prediction", found.boxes.cpu(), found.labels.cpu()),
+            ("prediction", found.boxes.cpu()[is_drawn], found.labels.cpu()[is_drawn]),
         ):
             pictures[title] = draw_cameras(images, boxes, labels, cameras)
             pictures[f"{title}, from above"] = draw_ground(boxes, labels, self.config.extent)
