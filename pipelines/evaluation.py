@@ -33,6 +33,8 @@ class SharedTensor:
 
     def tensor(self) -> Tensor:
         """The tensor, without a copy. It may be in memory that cannot be written to."""
+        if not self.data.size:
+            return torch.empty(self.shape, dtype=self.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
             return torch.from_numpy(self.data).view(self.dtype).reshape(self.shape)

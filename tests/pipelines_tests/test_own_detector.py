@@ -84,7 +84,7 @@ def test_too_many_failures_leave_the_front_that_was_found(own_detector: list[str
     assert "3 trials failed for good (max_failures=3): RuntimeError: by intention" in stopped.stderr
     (told,) = re.findall(r"front so far \((\d+) vectors\) is in (\S+)/front.json", stopped.stderr)
     num_members, folder = int(told[0]), tmp_path / told[1]
-    assert num_members >= 2
+    assert num_members >= 1
     assert len(json.loads((folder / "front.json").read_text())["members"]) == num_members
     assert len(pd.read_csv(folder / "front.csv")) == num_members
     assert (folder / "front.html").is_file()

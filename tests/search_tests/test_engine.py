@@ -67,12 +67,12 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_worker_killed_for_want_of_memory_costs_its_trial_alone(tmp_path: Path) -> None:
-    """Ray itself kills it, at a threshold a little above what this machine uses now."""
+    """Ray itself kills it, when half of the memory that is free now is taken."""
     used, total = get_used_memory(), get_system_memory()  # type: ignore[no-untyped-call]
-    monitor = {"memory_usage_threshold": (used + 1.5 * 2**30) / total, "memory_monitor_refresh_ms": 100}
+    monitor = {"memory_usage_threshold": (used + total) / 2 / total, "memory_monitor_refresh_ms": 100}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=monitor)
     try:
-        search(tmp_path, 6, Greedy(tmp_path), num_workers=2, num_retries=1)
+        search(tmp_path, 6, Greedy(tmp_path), num_workers=2, num_retries=2)
     finally:
         ray.shutdown()
     trials = counted_trials(read_study(tmp_path / "study.journal"))
@@ -81,7 +81,7 @@ def test_a_worker_killed_for_want_of_memory_costs_its_trial_alone(tmp_path: Path
     assert vector_of(failed, SPACE) == GREEDY
     assert "OutOfMemoryError" in failed.user_attrs[REASON]
     assert "running low on memory" in failed.user_attrs[REASON]
-    assert times_begun(tmp_path, GREEDY) == 2
+    assert times_begun(tmp_path, GREEDY) == 3
 
 
 def test_a_worker_that_hangs_while_it_builds_the_evaluator_is_ended(tmp_path: Path) -> None:
