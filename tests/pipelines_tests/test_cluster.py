@@ -18,7 +18,7 @@ from search.study import counted_trials, read_study
 from tests.pipelines_tests.configuration import tiny_run
 from tests.ray_cluster import BIN, ROOT, Cluster, two_nodes, wait_until
 
-NUM_EVALUATIONS = 60
+NUM_EVALUATIONS = 160  # half a minute or more, so that a node that is slow to begin still gets work
 
 
 @pytest.fixture
@@ -57,11 +57,6 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
         trials = counted_trials(read_study(journal)) if journal.is_file() else []
         return [trial.user_attrs.get(WORKER, "").partition("/")[0] for trial in trials]
 
-    wait_until(lambda: len({*nodes_of_finished()} - {""}) == 2, 400, "trials on both nodes")
-    cluster.kill_node()
-    before = len(nodes_of_finished())
-    wait_until(lambda: len(nodes_of_finished()) > before + 3, 120, "trials on the node that is left")
-    left = nodes_of_finished()[-1]
     status = ""
 
     def is_over() -> bool:
@@ -69,6 +64,14 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
         status = cluster.run("job", "status", name, "--address", address).stdout
         return any(word in status for word in ("succeeded", "failed", "stopped"))
 
+    def both_worked() -> bool:
+        return len({*nodes_of_finished()} - {""}) == 2
+
+    wait_until(lambda: both_worked() or is_over(), 400, "trials on both nodes")
+    assert both_worked(), cluster.run("job", "logs", name, "--address", address).stdout[-3000:]
+    cluster.kill_node()
+    before = len(nodes_of_finished())
+    wait_until(lambda: len(nodes_of_finished()) > before + 3, 120, "trials on the node that is left")
     wait_until(is_over, 400, "end of the job")
     logs = cluster.run("job", "logs", name, "--address", address).stdout
     assert "succeeded" in status, logs[-3000:]
@@ -77,7 +80,7 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
     assert [trial.user_attrs for trial in trials if trial.state != TrialState.COMPLETE] == []
     nodes = nodes_of_finished()
     assert len({*nodes}) == 2  # the lost one had had work
-    assert {*nodes[-10:]} == {left}
+    assert len({*nodes[-10:]}) == 1
     (run,) = (tmp_path / "out" / "coco" / "runs").iterdir()
     assert find_journal(run) == tmp_path / "study.journal"
     assert json.loads((run / "search" / "front.json").read_text())["members"]
