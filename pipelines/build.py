@@ -29,6 +29,8 @@ from sparsevit.data.split import DataSplit
 from sparsevit.data.streets import StreetsConfig, write_streets
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.calibration import CalibrationConfig
+from sparsevit.latency.subject import check_runtime
+from sparsevit.latency.timing import TimingLimits
 from sparsevit.precision import check_precision
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 from sparsevit.tasks import Task, create_task
@@ -62,8 +64,7 @@ def check(config: ConfigSchema) -> None:
         training(stage, num_images=stage.batch_size)
     sampling_law(config.adapt.law)
     check_precision(config.evaluation.precision)
-    calibration(config)
-    latency_table(config)
+    check_latency(config)
     engine(config)
     _one_of("sampler.name", config.sampler.name, tuple(SAMPLERS))
     _one_of("finetune.rule", config.finetune.rule, RULES)
@@ -81,7 +82,7 @@ def check(config: ConfigSchema) -> None:
         ("search.num_evaluations", config.search.num_evaluations),
         ("search.plateau", config.search.plateau),
         ("search.max_failures", config.search.max_failures),
-        ("report.num_rounds", config.report.num_rounds),
+        ("search.measure_every", config.search.measure_every),
         ("report.num_pictures", config.report.num_pictures),
         ("report.max_members", config.report.max_members),
         ("data.limit", config.data.limit),
@@ -176,12 +177,63 @@ def training(stage: TrainingSchema, num_images: int) -> TrainingConfig:
 
 
 def calibration(config: ConfigSchema) -> CalibrationConfig:
-    fields = {name: value for name, value in plain(config.latency).items() if value is not None}
-    fields.pop("path", None)
-    if len(fields["image_size"]) != 2:
-        raise ConfigurationError(f"latency.image_size must be [height, width], got {fields['image_size']}")
-    fields["image_size"] = tuple(fields["image_size"])
-    return CalibrationConfig(**fields)
+    latency = config.latency
+    return CalibrationConfig(
+        num_vectors=latency.num_vectors,
+        num_held_out=latency.num_held_out,
+        limits=TimingLimits(
+            max_half_width=latency.max_half_width,
+            min_rounds=latency.min_rounds,
+            max_rounds=latency.max_rounds,
+            max_seconds=None if latency.max_minutes is None else 60 * latency.max_minutes,
+        ),
+    )
+
+
+def report_limits(config: ConfigSchema) -> TimingLimits:
+    """How often the report times every member."""
+    limits = calibration(config).limits
+    return replace(
+        limits,
+        max_half_width=config.report.max_half_width,
+        max_rounds=max(limits.min_rounds, config.report.max_rounds),
+    )
+
+
+def check_latency(config: ConfigSchema) -> None:
+    """Raise `ValueError` unless what is to be measured can be."""
+    latency = config.latency
+    calibration(config), report_limits(config)
+    _one_of("latency.measure", latency.measure, ("backbone", "model"))
+    check_runtime(latency.runtime, latency.dtype)
+    if latency.measure == "model" and latency.runtime != "eager":
+        raise ConfigurationError(
+            f"latency.measure=model is measured in eager mode, got latency.runtime={latency.runtime}; "
+            "latency.measure=backbone takes every runtime"
+        )
+    if len(latency.image_size) != 2 or min(latency.image_size) < 1:
+        raise ConfigurationError(f"latency.image_size must be [height, width], got {latency.image_size}")
+    if latency.batch_size < 1:
+        raise ConfigurationError(f"latency.batch_size must be at least 1, got {latency.batch_size}")
+    latency_table(config)
+    prior_table(config)
+
+
+def prior_table(config: ConfigSchema) -> LatencyPredictor | None:
+    """The table of another device, dtype, batch or size that calibration starts from.
+
+    Raises:
+        ConfigurationError: if it is of another space.
+    """
+    if config.latency.prior is None:
+        return None
+    table, asked = LatencyPredictor.load(Path(config.latency.prior)), space(config)
+    if table.space != asked:
+        raise ConfigurationError(
+            f"the latency table {config.latency.prior} has depths {list(table.space.depths)} and choices "
+            f"{list(table.space.choices)}, the backbone has {list(asked.depths)} and {list(asked.choices)}"
+        )
+    return table
 
 
 def latency_table(config: ConfigSchema) -> LatencyPredictor | None:
@@ -198,13 +250,16 @@ def latency_table(config: ConfigSchema) -> LatencyPredictor | None:
             "latency=table needs latency.path=/path/to/latency.json, which `python -m sparsevit.latency "
             "calibrate` writes on the device"
         )
-    path, wanted = Path(config.latency.path), calibration(config)
+    path, wanted = Path(config.latency.path), config.latency
     table = LatencyPredictor.load(path)
     known, asked = table.setting, space(config)
+    measures = "backbone" if wanted.measure == "backbone" else "model"
     differences = [
         f"{name}={theirs} instead of {ours}"
         for name, theirs, ours in (
             ("backbone", known.backbone, config.backbone.name),
+            ("measure", "backbone" if known.measures == "backbone" else "model", measures),
+            ("runtime", known.runtime, wanted.runtime),
             ("image_size", list(known.image_size), list(wanted.image_size)),
             ("batch_size", known.batch_size, wanted.batch_size),
             ("dtype", known.dtype, wanted.dtype),
@@ -214,10 +269,12 @@ def latency_table(config: ConfigSchema) -> LatencyPredictor | None:
     ]
     if differences:
         height, width = wanted.image_size
+        what = config.backbone.name if measures == "backbone" else "/path/to/export"
         raise ConfigurationError(
             f"the latency table {path} is about {', '.join(differences)}. On the device: python -m "
-            f"sparsevit.latency calibrate {config.backbone.name} latency.json --image-size {height} {width} "
-            f"--batch-size {wanted.batch_size} --dtype {wanted.dtype} "
+            f"sparsevit.latency calibrate {what} latency.json --measure {measures} "
+            f"--image-size {height} {width} --batch-size {wanted.batch_size} --dtype {wanted.dtype} "
+            f"--runtime {wanted.runtime} "
             f"--choices {' '.join(f'{choice:g}' for choice in asked.choices)}"
         )
     return table

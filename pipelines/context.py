@@ -35,8 +35,7 @@ class Stage(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
         """Names of the stages whose results it uses."""
 
     def depends_on(self, run: "Run") -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from search.evaluator import Evaluator
+from sparsevit.allocator import keep_freed_memory
 from sparsevit.backbone import create_backbone
 from sparsevit.precision import autocast
 from sparsevit.sparsity import SparsityVector
@@ -61,6 +62,7 @@ class SupernetEvaluatorFactory:
 
     def __call__(self) -> Evaluator:
         torch.set_num_threads(self.num_threads)
+        keep_freed_memory()
         device = torch.device(self.device)
         task = create_task(self.task, self.task_config)
         model = self.model().to(device)

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pipelines import build
 from pipelines.artifacts import read_json
 from pipelines.context import SCORES_FILE, Run, Stage
+from pipelines.stages.calibrate import PREDICTOR_FILE
 from pipelines.stages.search import cheap_quantities
 from search.warm_start import warm_start
 from sparsevit.backbone import BACKBONES
+from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.macs import count_macs
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ def print_plan(run: Run, stages: Sequence[Stage], keys: Mapping[str, str]) -> No
             f"vector has {sparsest / dense:.0%} of the dense one's {dense / 1e9:.3g} GMACs"
         )
     else:
-        problem = build.problem(config, cheap_quantities(run, calibration.folder))
+        predictor = LatencyPredictor.load(calibration.folder / PREDICTOR_FILE)
+        problem = build.problem(config, cheap_quantities(run, predictor.predict))
         low, high = problem.reachable("latency_ms")
         print(f"latency:      {low:.4g} to {high:.4g} ms, predicted")
         problem.require_feasible()

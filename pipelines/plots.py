@@ -33,6 +33,7 @@ def write_report(
     *,
     header: Mapping[str, Any],
     by_class: pd.DataFrame,
+    error_bar: float,
 ) -> None:
     """Write the report's HTML page, with what `write_pictures` left, and the picture of the front.
 
@@ -43,8 +44,9 @@ def write_report(
         hypervolumes: after every evaluation of the search.
         header: what was measured, on what.
         by_class: parts of the metrics, a row each.
+        error_bar: of the predicted latencies, relative.
     """
-    figure = _interactive(table, metric, front, hypervolumes)
+    figure = _interactive(table, metric, front, hypervolumes, error_bar)
     plot = figure.to_html(full_html=False, include_plotlyjs=True)
     facts = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
@@ -114,7 +116,11 @@ def plot_front(page: Path, picture: Path, table: pd.DataFrame, x: str, y: str) -
 
 
 def _interactive(
-    table: pd.DataFrame, metric: str, front: Collection[str], hypervolumes: Sequence[float]
+    table: pd.DataFrame,
+    metric: str,
+    front: Collection[str],
+    hypervolumes: Sequence[float],
+    error_bar: float,
 ) -> go.Figure:
     figure = make_subplots(
         rows=1, cols=3, subplot_titles=("measured front", "predicted against measured", "hypervolume")
@@ -139,7 +145,7 @@ def _interactive(
         )
     figure.add_scatter(
         x=table["predicted ms"], y=table["measured ms"], text=table["vector"], mode="markers",
-        name="latency", row=1, col=2,
+        name="latency", error_x={"type": "percent", "value": 100 * error_bar}, row=1, col=2,
     )  # fmt: skip
     ends = [table["measured ms"].min(), table["measured ms"].max()]
     figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", row=1, col=2)

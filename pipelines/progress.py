@@ -22,3 +22,15 @@ def progress_bar(
                 bar.set_postfix(shown, refresh=False)
 
         yield advance
+
+
+@contextmanager
+def expected_progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of work whose amount is only expected; yields what takes the done and the expected."""
+    with tqdm(desc=f"  {label}", unit=unit, leave=False, dynamic_ncols=True) as bar:
+
+        def show(done: int, expected: int) -> None:
+            bar.total = expected
+            bar.update(done - bar.n)
+
+        yield show

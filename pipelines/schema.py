@@ -145,15 +145,25 @@ class FinetuneSchema(TrainingSchema):
 
 @dataclass
 class LatencySchema:
-    """What a latency is of, and how much is measured for it; nothing where `path` names a table."""
+    """What a latency is of, and how much is measured for it.
+
+    Where `path` names a table, only the front is measured. `measure` is ``backbone`` or ``model``, `runtime`
+    ``eager``, ``compiled`` or ``onnxruntime`` (docs/latency.md).
+    """
 
     path: str | None = None
+    prior: str | None = None
+    measure: str = "backbone"
+    runtime: str = "eager"
     batch_size: int = MISSING
     image_size: list[int] = MISSING
     dtype: str = MISSING
-    num_vectors: int | None = None
-    num_held_out: int | None = None
-    num_rounds: int | None = None
+    num_vectors: int = MISSING
+    num_held_out: int = MISSING
+    max_half_width: float = MISSING
+    min_rounds: int = MISSING
+    max_rounds: int = MISSING
+    max_minutes: float | None = None
 
 
 @dataclass
@@ -195,6 +205,7 @@ class SearchSchema:
     constraints: list[ConstraintSchema] = field(default_factory=list)
     latency_budget_ms: float | None = None
     num_images: int | None = None
+    measure_every: int | None = MISSING  # evaluations between two measurements of the front; null: at the end
 
 
 @dataclass
@@ -218,7 +229,8 @@ class SamplerSchema:
 
 @dataclass
 class ReportSchema:
-    num_rounds: int = MISSING
+    max_half_width: float = MISSING  # of a member's latency, as latency.max_half_width
+    max_rounds: int = MISSING
     num_pictures: int = MISSING
     max_members: int | None = None  # None: every member of the front
 
@@ -232,6 +244,7 @@ class ClusterSchema:
     num_retries: int = 1
     trial_timeout_s: float | None = None
     object_store_mib: int = 256
+    latency_lane: str | None = None  # custom resource of the node that latency is measured on
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What a search leaves for people while it runs: its front as files, its trials and curves in MLflow."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class SearchLog:
         key: of the search's run in the tracker.
         trials: which trials get a run of their own: ``all``, ``front`` (at the end) or ``none``.
         every: finished trials between two writings of the front.
+        details: what else is known of a vector, such as its measured latency.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class SearchLog:
         *,
         trials: str,
         every: int,
+        details: Callable[[Any], Mapping[str, float]],
     ) -> None:
         self._tracker = tracker
         self._key = key
@@ -46,6 +49,7 @@ class SearchLog:
         self._problem = problem
         self._trials = trials
         self._every = every
+        self._details = details
 
     def on_trial(self, trial: FrozenTrial, progress: SearchProgress) -> None:
         """Take a trial that has just finished."""
@@ -73,7 +77,11 @@ class SearchLog:
 
     def write_front(self, progress: SearchProgress) -> None:
         """The front as JSON, table, page and picture, in the search's folder and in MLflow."""
-        front = progress.front
+        members = [
+            replace(member, values={**member.values, **self._details(member.vector)})
+            for member in progress.front.members
+        ]
+        front = replace(progress.front, members=tuple(members))
         write_text(self._folder / FRONT_FILE, front.to_json())
         table = pd.DataFrame([{"vector": str(member.vector), **member.values} for member in front.members])
         write_text(self._folder / FRONT_TABLE, table.to_csv(index=False))

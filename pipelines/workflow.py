@@ -17,7 +17,7 @@ from pipelines.plan import print_plan
 from pipelines.plots import HTML_FILE
 from pipelines.progress import progress_bar
 from pipelines.stages.adapt import Adapt
-from pipelines.stages.calibrate import Calibrate
+from pipelines.stages.calibrate import PREDICTOR_FILE, Calibrate
 from pipelines.stages.finetune import Finetune
 from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
 from pipelines.stages.search import Search, cheap_quantities
@@ -26,6 +26,8 @@ from pipelines.tracking import PARENT, NoTracker, Tracker
 from search.engine import check_cluster
 from search.problem import Constraint
 from sparsevit import __version__
+from sparsevit.allocator import keep_freed_memory
+from sparsevit.latency import LatencyPredictor
 
 STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
         ValueError: for bad input, before any long work.
     """
     build.check(config)
+    keep_freed_memory()
     stages = _until(config.until)
     start = time.monotonic()
     logger.info(
@@ -90,7 +93,7 @@ def stage_keys(run: Run, stages: tuple[Stage, ...]) -> dict[str, str]:
         depends_on = {
             "stage": stage.name,
             "version": __version__,
-            "needs": [keys[name] for name in stage.needs],
+            "needs": [keys[name] for name in stage.needs(run.config)],
             **stage.depends_on(run),
         }
         keys[stage.name] = content_key(depends_on)
@@ -171,7 +174,8 @@ def _run_stage(run: Run, stage: Stage, key: str) -> None:
 
 def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
     """Fail as soon as the device is known, if no vector can meet the budget."""
-    problem = build.problem(run.config, cheap_quantities(run, calibration.folder))
+    predictor = LatencyPredictor.load(calibration.folder / PREDICTOR_FILE)
+    problem = build.problem(run.config, cheap_quantities(run, predictor.predict))
     problem.require_feasible()
     budget_ms = run.config.finetune.latency_budget_ms
     if budget_ms is not None:
@@ -179,10 +183,17 @@ def _require_feasible_budget(run: Run, calibration: StageResult) -> None:
 
 
 def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[Stage]:
-    """Calibration comes first where a latency budget is set: one that nothing meets fails at once."""
+    """Calibration comes early where a latency budget is set: one that nothing meets fails at once."""
     budgets = (config.search.latency_budget_ms, config.finetune.latency_budget_ms)
     has_budget = any(budget is not None for budget in budgets) or bool(config.search.constraints)
-    return sorted(stages, key=lambda stage: has_budget and stage.name != "calibrate")
+    if not has_budget:
+        return list(stages)
+    ordered = [stage for stage in stages if stage.name != "calibrate"]
+    names = [stage.name for stage in ordered]
+    for stage in stages:
+        if stage.name == "calibrate":
+            ordered.insert(max((names.index(name) + 1 for name in stage.needs(config)), default=0), stage)
+    return ordered
 
 
 def _until(name: str) -> tuple[Stage, ...]:

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from search.encoding import decode
 from search.problem import ELAPSED, NOTES, REASON, WORKER, SearchProblem
 from search.progress import SearchProgress
+from search.samplers import VectorSampler
 from search.space import Vector
 from search.study import close_undrawn, counted_trials, in_flight
 from search.variation import SearchExhausted
@@ -81,6 +82,9 @@ class Dispatcher:
             that what is proposed does not depend on the order in which workers finish. None proposes
             whenever somebody asks.
         on_trial: called for every finished trial.
+        pause_every: after so many finished trials nothing runs for a while, and `on_pause` is called. It
+            returns whether the cheap quantities have changed: then finished trials are taken for what they
+            are by now.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class Dispatcher:
         *,
         batch_size: int | None = None,
         on_trial: OnTrial = lambda trial, progress: None,
+        pause_every: int | None = None,
+        on_pause: Callable[[SearchProgress], bool] = lambda progress: False,
     ) -> None:
         self.study = study
         self.problem = problem
@@ -100,6 +106,9 @@ class Dispatcher:
         self.broken: str | None = None  # why no worker can evaluate anything
         self._batch_size = batch_size
         self._on_trial = on_trial
+        self._pause_every = pause_every
+        self._on_pause = on_pause
+        self._is_pause_due = False
         self._running: dict[int, Trial] = {}
         self._waiting = deque(in_flight(study, problem.space))
         finished = counted_trials(study)
@@ -142,8 +151,12 @@ class Dispatcher:
 
     def next_trial(self) -> Trial | None:
         """A trial to run now; None if there is none, for the moment or for good (`stopped_by`)."""
-        if self.stopped_by is not None:
+        if self.stopped_by is not None or (self._is_pause_due and self._running):
             return None
+        if self._is_pause_due:
+            self._is_pause_due = False
+            if self._on_pause(self.progress):
+                self.revise()
         if not self._waiting:
             if self._batch_size is None:
                 self._propose(1)
@@ -200,6 +213,12 @@ class Dispatcher:
         self.study.tell(trial, state=TrialState.FAIL)
         self._finish(number)
 
+    def revise(self) -> None:
+        """Take finished trials anew: their cheap quantities are no longer what they were."""
+        self.progress.recount(counted_trials(self.study))
+        if isinstance(self.study.sampler, VectorSampler):
+            self.study.sampler.revise()
+
     @property
     def _num_proposed(self) -> int:
         """Trials that use up budget: finished, running or waiting."""
@@ -223,4 +242,6 @@ class Dispatcher:
         trial = self._running.pop(number)
         frozen = self.study._storage.get_trial(trial._trial_id)  # all trials take time to list
         self.progress.add(frozen)
+        if self._pause_every is not None and self.progress.num_counted % self._pause_every == 0:
+            self._is_pause_due = True
         self._on_trial(frozen, self.progress)

@@ -62,6 +62,8 @@ class EngineConfig:
         trial_timeout_s: a trial that takes longer is taken for hung and its worker ended, and so is one that
             takes longer to build the evaluator; None waits.
         gpus_per_worker: a share of one, or a whole number.
+        latency_lane: custom resource of the node that latency is measured on (`search.lane`); None measures
+            in the driver.
 
     Raises:
         ValueError: for a number out of range.
@@ -74,6 +76,7 @@ class EngineConfig:
     num_retries: int = 1
     trial_timeout_s: float | None = None
     object_store_mib: int = 256
+    latency_lane: str | None = None
 
     def __post_init__(self) -> None:
         for name, lowest in (("num_workers", 1), ("num_retries", 0), ("object_store_mib", 76)):

@@ -65,6 +65,15 @@ class SearchProgress:
             self.front = front
             self.hypervolumes.append(front.hypervolume(self.problem.reference))
 
+    def recount(self, trials: Sequence[FrozenTrial]) -> None:
+        """Begin anew with these finished trials, in order."""
+        self.front = ParetoFront.of([], self.problem.objectives)
+        self.hypervolumes.clear()
+        self.failures.clear()
+        self.num_complete = self.num_infeasible = 0
+        for trial in trials:
+            self.add(trial)
+
     def has_levelled_off(self, num_evaluations: int, gain: float) -> bool:
         """Whether the last evaluations raised the hypervolume by no more than a share of it."""
         if len(self.hypervolumes) <= num_evaluations:
@@ -74,11 +83,17 @@ class SearchProgress:
 
 
 def member_of(trial: FrozenTrial, problem: SearchProblem) -> FrontMember | None:
-    """A complete trial as a candidate of the front; None if a constraint rules it out."""
+    """A complete trial as a candidate of the front; None if a constraint rules it out.
+
+    Its cheap quantities are those of now, which need not be those that it was told with.
+    """
     vector = vector_of(trial, problem.space)
-    if vector is None or any(violation > 0 for violation in trial.constraints.values()):
+    if vector is None:
         return None
     values = {name: value for name, value in trial.user_attrs.items() if name not in NOTES}
+    values |= problem.measure(vector)
+    if any(constraint.violation(values[constraint.name]) for constraint in problem.constraints):
+        return None
     return FrontMember(vector, values)
 
 

@@ -54,8 +54,8 @@ class Cluster:
     def start_head(self) -> None:
         self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}")
 
-    def add_node(self) -> subprocess.Popen[bytes]:
-        return self.start(f"--address={self.address}")
+    def add_node(self, *options: str) -> subprocess.Popen[bytes]:
+        return self.start(f"--address={self.address}", *options)
 
     def kill_node(self) -> None:
         """Kill the node that was added last."""

@@ -41,9 +41,9 @@ def test_the_walk_sees_lazy_imports(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
-    [("mlflow", {"pipelines/tracking_sender.py"}), ("ray", {"search/engine.py"})],
+    [("mlflow", {"pipelines/tracking_sender.py"}), ("ray", {"search/engine.py", "search/lane.py"})],
 )
-def test_engines_are_imported_in_one_file(library: str, allowed: set[str]) -> None:
+def test_engines_are_imported_in_few_files(library: str, allowed: set[str]) -> None:
     packages = ("sparsevit", "search", "pipelines")
     importing = {
         str(path.relative_to(ROOT))
@@ -76,7 +76,7 @@ def test_a_device_is_measured_with_torch_and_numpy_alone(tmp_path: Path) -> None
     installed = {"torchvision", "safetensors", "PIL", "transformers"} | FORBIDDEN["sparsevit"]
     blocked = sorted(installed | {"pycocotools", "pandas", "matplotlib", "tqdm", "scipy"})
     arguments = ["calibrate", "swin_nano", str(tmp_path / "latency.json"), "--image-size", "32", "32"]
-    arguments += ["--num-vectors", "10", "--num-held-out", "2", "--num-rounds", "1"]
+    arguments += ["--num-vectors", "10", "--num-held-out", "2", "--max-rounds", "3"]
     program = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({blocked!r}))\n"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.context import Run
+from pipelines.schema import ConfigSchema
 from pipelines.stages.training import train_stage, training_key
 from sparsevit.adaptation import sampling_law
 
@@ -13,7 +14,9 @@ class Adapt:
     """The dense weights learn to cope with any vector: another one at every step."""
 
     name = "adapt"
-    needs = ("train",)
+
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
+        return ("train",)
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         return {**training_key(run.config.adapt, run), "choices": list(run.space.choices)}

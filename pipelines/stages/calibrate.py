@@ -8,33 +8,41 @@ from typing import Any
 from pipelines import build
 from pipelines.artifacts import path_digest
 from pipelines.context import Run
-from pipelines.progress import progress_bar
-from sparsevit.latency import LatencyPredictor
-from sparsevit.latency.calibration import calibrate, num_calls
+from pipelines.measuring import calibrate_here
+from pipelines.schema import ConfigSchema
 
 logger = logging.getLogger(__name__)
 PREDICTOR_FILE = "latency.json"
 
 
 class Calibrate:
-    """Latency depends on the backbone and the machine, not on weights or data."""
+    """Latency depends on the backbone and the machine; only that of a whole model on weights and data too."""
 
     name = "calibrate"
-    needs: tuple[str, ...] = ()
+
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
+        return ("train",) if config.latency.measure == "model" else ()
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
-        path = run.config.latency.path
-        return {
-            "backbone": run.config.backbone.name,
+        config = run.config
+        path, prior = config.latency.path, config.latency.prior
+        depends_on = {
+            "backbone": config.backbone.name,
             "choices": list(run.space.choices),
-            "latency": {**build.plain(run.config.latency), "path": None},
+            "latency": {**build.plain(config.latency), "path": None, "prior": None},
+            "prior": None if prior is None else path_digest(Path(prior)),
             "machine": run.machine() if path is None else path_digest(Path(path)),
+            "lane": config.cluster.latency_lane,
         }
+        if config.latency.measure == "model":
+            depends_on["photos"] = run.data_fingerprint(run.search_set)
+        return depends_on
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         predictor = build.latency_table(run.config)
         if predictor is None:
-            predictor = self._measure(run)
+            config = build.calibration(run.config)
+            predictor = calibrate_here(run, config, "calibrate: forward passes")
         elif predictor.setting.device != run.machine()["device"]:
             logger.warning(
                 "  the latency table is of %s; the report measures here, on %s",
@@ -44,14 +52,9 @@ class Calibrate:
         return {
             "dense_ms": predictor.predict(run.space.dense),
             "sparsest_ms": predictor.predict(run.space.sparsest),
+            "error_bar": predictor.error_bar,
             **predictor.scores,
         }
-
-    def _measure(self, run: Run) -> LatencyPredictor:
-        config = build.calibration(run.config)
-        backbone = build.backbone(run.config).to(run.device)
-        with progress_bar(num_calls(run.space, config), "calibrate: forward passes", unit="pass") as advance:
-            return calibrate(backbone, run.config.backbone.name, run.space, config, advance)
 
     def score(self, run: Run) -> Mapping[str, float]:
         return {}

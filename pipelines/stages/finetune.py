@@ -8,6 +8,7 @@ from typing import Any, cast
 from pipelines import build
 from pipelines.artifacts import write_json
 from pipelines.context import Run
+from pipelines.schema import ConfigSchema
 from pipelines.search_log import FRONT_FILE
 from pipelines.stages.search import search_problem
 from pipelines.stages.training import train_stage, training_key
@@ -16,13 +17,16 @@ from search.selection import Rule, choose
 from sparsevit.sparsity import SparsityVector
 
 CHOICE_FILE = "chosen.json"
+MEASURED = "measured_ms"
 
 
 class Finetune:
     """From the adapted weights, at the chosen vector."""
 
     name = "finetune"
-    needs = ("train", "search", "adapt", "calibrate")
+
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
+        return ("train", "search", "adapt", "calibrate")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         return training_key(run.config.finetune, run)
@@ -57,9 +61,11 @@ class Finetune:
                 {**scores, **search_problem(run).measure(given)},
             )
         dense = run.accuracy("train", run.search_set, run.space.dense, "of the dense model")
+        members = front_members(run)
+        is_measured = all(MEASURED in member.values for member in members)
         return choose(
-            front_members(run), cast(Rule, config.rule),
-            accuracy=metric, latency="latency_ms", dense_accuracy=dense[metric],
+            members, cast(Rule, config.rule),
+            accuracy=metric, latency=MEASURED if is_measured else "latency_ms", dense_accuracy=dense[metric],
             max_accuracy_drop=config.max_accuracy_drop, latency_budget_ms=config.latency_budget_ms,
         )  # fmt: skip
 

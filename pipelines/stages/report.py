@@ -1,5 +1,6 @@
 """Stage 6: measure the front, write the report, export the chosen subnet."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from torchvision.utils import make_grid
 from pipelines import build
 from pipelines.artifacts import write_text
 from pipelines.context import Run
+from pipelines.measuring import measure_vectors
 from pipelines.plots import write_pictures, write_report
-from pipelines.progress import progress_bar
+from pipelines.schema import ConfigSchema
 from pipelines.stages.calibrate import PREDICTOR_FILE
 from pipelines.stages.finetune import chosen_member, front_members
 from pipelines.stages.search import search_problem, study_file
@@ -26,10 +28,11 @@ from sparsevit.data.order import seeded
 from sparsevit.export import export_model
 from sparsevit.kept_windows import trace_kept_windows
 from sparsevit.latency import LatencyPredictor
-from sparsevit.latency.calibration import measure_ms
+from sparsevit.latency.predictor import Measurement
 from sparsevit.precision import resolve_precision
 from sparsevit.sparsity import SparsityVector
 
+logger = logging.getLogger(__name__)
 EXPORT_FOLDER = "export"
 TABLE_FILE = "pareto.csv"
 CLASS_TABLE_FILE = "classes.csv"
@@ -39,7 +42,9 @@ class Report:
     """No number in the table is unmeasured: latency on the device, accuracy on the report split."""
 
     name = "report"
-    needs = ("train", "adapt", "calibrate", "search", "finetune")
+
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
+        return ("train", "adapt", "calibrate", "search", "finetune")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         return {
@@ -60,24 +65,32 @@ class Report:
         dense_scores = run.scores("train", run.report_set, run.space.dense, "of the dense model")
         after_scores = run.scores("finetune", run.report_set, chosen, "of the subnet")
         dense, after = dense_scores[metric], after_scores[metric]
-        measured = _measure(run, [run.space.dense, *(member.vector for member in members)])
+        vectors = [run.space.dense, *(member.vector for member in members)]
+        found = measure_vectors(
+            run, "adapt", vectors, build.report_limits(run.config), "report: forward passes"
+        )
+        for warning in found.warnings:
+            logger.warning("  warning: %s", warning)
+        measured = found.latencies_ms
         rows: list[dict[str, Any]] = [
             {
                 "vector": str(member.vector),
                 "predicted ms": member.values["latency_ms"],
-                "measured ms": latency,
-                "speed-up": measured[0] / latency,
+                "measured ms": each.latency_ms,
+                "speed-up": measured[0] / each.latency_ms,
+                **_resources(each),
                 f"{metric} before": scores[str(member.vector)],
                 f"{metric} after": after if member.vector == chosen else float("nan"),
                 "chosen": "*" if member.vector == chosen else "",
             }
-            for member, latency in zip(members, measured[1:], strict=True)
+            for member, each in zip(members, found.measurements[1:], strict=True)
         ]
         dense_row = {
             "vector": "dense",
             "predicted ms": run.results["calibrate"].metrics["dense_ms"],
             "measured ms": measured[0],
             "speed-up": 1.0,
+            **_resources(found.measurements[0]),
             f"{metric} before": dense,
             f"{metric} after": dense,
             "chosen": "",
@@ -91,14 +104,16 @@ class Report:
         subnet = run.model_of("finetune")
         write_pictures(folder, draw_samples(run, subnet, chosen))
         history = hypervolume_history(run)
+        bar = LatencyPredictor.load(run.results["search"].folder / PREDICTOR_FILE).error_bar
         write_report(
             folder, table, metric, [str(member.vector) for member in front.members], history,
-            header=_header(run), by_class=by_class,
+            header=_header(run), by_class=by_class, error_bar=bar,
         )  # fmt: skip
         row = next(row for row in rows if row["chosen"])
         export_model(
             folder / EXPORT_FOLDER, subnet, chosen,
             backbone=run.config.backbone.name, task=run.config.task.name, task_config=run.task.config,
+            example=run.task.inputs(run.report_set, [0]),
             details={
                 "classes": run.train_set.class_names,
                 "measured": {key: value for key, value in row.items() if key != "chosen"},
@@ -179,13 +194,10 @@ def _score(run: Run, vectors: Sequence[SparsityVector]) -> dict[str, float]:
     return scores
 
 
-def _measure(run: Run, vectors: Sequence[SparsityVector]) -> list[float]:
-    num_rounds = run.config.report.num_rounds
-    config = replace(build.calibration(run.config), num_rounds=num_rounds)
-    backbone = run.task.backbone_of(run.model_of("adapt"))
-    with progress_bar(num_rounds * len(vectors), "report: forward passes", unit="pass") as advance:
-        latencies, _ = measure_ms(backbone, vectors, config, advance)
-    return latencies
+def _resources(measurement: Measurement) -> dict[str, float]:
+    """Energy and memory of a forward pass, as far as the device tells."""
+    known = {"energy mJ": measurement.energy_mj, "peak MiB": measurement.peak_mib}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _thin(members: Sequence[FrontMember], chosen: SparsityVector, limit: int | None) -> list[FrontMember]:
@@ -196,22 +208,20 @@ def _thin(members: Sequence[FrontMember], chosen: SparsityVector, limit: int | N
     return [member for index, member in enumerate(members) if index in picked or member.vector == chosen]
 
 
-def _predicted_for(run: Run) -> dict[str, str]:
-    """The device of the user's own latency table, if it is another one than here."""
-    setting = LatencyPredictor.load(run.results["calibrate"].folder / PREDICTOR_FILE).setting
-    is_here = setting.device == run.machine()["device"]
-    return {} if is_here else {"predicted for": f"{setting.device}, {setting.num_threads} threads"}
-
-
 def _header(run: Run) -> dict[str, Any]:
+    predictor = LatencyPredictor.load(run.results["search"].folder / PREDICTOR_FILE)
+    setting, here = predictor.setting, run.machine()
+    device = setting.device if run.config.cluster.latency_lane is not None else here["device"]
+    is_there = setting.device != device
+    num_refits = int(run.results["search"].metrics["num_refits"])
     return {
         "experiment": run.config.experiment,
         "scale": run.config.scale,
         "backbone": run.config.backbone.name,
-        "latency of": f"the backbone, batch {run.config.latency.batch_size}, "
-        f"{'×'.join(map(str, run.config.latency.image_size))}, {run.config.latency.dtype}",
-        **_predicted_for(run),
-        "device": run.machine()["device"],
+        "latency of": setting.description,
+        **({"predicted for": f"{setting.device}, {setting.num_threads} threads"} if is_there else {}),
+        "predictions": f"95 % within ±{predictor.error_bar:.1%}; the table was refitted {num_refits} times",
+        "device": device,
         "threads": run.machine()["threads"],
         "torch": torch.__version__,
         "accuracy on": f"{len(run.report_set)} images of {run.report_set.split!r}, "

@@ -1,7 +1,7 @@
 """Stage 4: search for sparsity vectors on the adapted supernet."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from pipelines.artifacts import content_key
 from pipelines.context import Run
 from pipelines.errors import RunStopped
 from pipelines.evaluation import SharedTensor, SupernetEvaluatorFactory
+from pipelines.measured_front import MeasuredFront
+from pipelines.schema import ConfigSchema
 from pipelines.search_log import FRONT_FILE, SearchLog
 from pipelines.stages.calibrate import PREDICTOR_FILE
 from pipelines.terminal import SearchView
@@ -37,7 +39,9 @@ class Search:
     """Accuracy from the supernet on the search split, latency from the predictor."""
 
     name = "search"
-    needs = ("adapt", "calibrate")
+
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
+        return ("adapt", "calibrate")
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         search = build.plain(run.config.search)
@@ -57,14 +61,17 @@ class Search:
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
         config = run.config.search
-        problem = search_problem(run)
+        measured = MeasuredFront(run, folder)
+        problem = build.problem(run.config, cheap_quantities(run, measured.predict))
         problem.require_feasible()
         sampler = create_sampler(problem, build.sampler(run.config))
+        if measured.num_refits:
+            sampler.revise()
         first = [*warm_start(list(config.warm_start), run.space), *sampler.first_vectors()]
-        keys = {name: run.results[name].key for name in self.needs}
+        keys = {name: run.results[name].key for name in self.needs(run.config)}
         with open_study(study_file(run, folder), problem, sampler, about=self.about(run, keys)) as study:
             enqueue(study, first, problem)  # those that an earlier process enqueued are skipped
-            progress, stopped_by = self._search(run, folder, study, problem)
+            progress, stopped_by = self._search(run, folder, study, problem, measured)
         logger.info("  the search ends: %s", stopped_by)
         if has_too_many_failures(progress, config.max_failures):
             raise RunStopped(
@@ -83,6 +90,8 @@ class Search:
             "num_failed": len(progress.failures),
             "num_front_members": len(progress.front.members),
             "final_hypervolume": progress.hypervolume,
+            "num_refits": measured.num_refits,
+            "error_bar": measured.predictor.error_bar,
         }
 
     def about(self, run: Run, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -116,12 +125,13 @@ class Search:
                 logger.info("the search goes into the study %s", path)
 
     def _search(
-        self, run: Run, folder: Path, study: Study, problem: SearchProblem
+        self, run: Run, folder: Path, study: Study, problem: SearchProblem, measured: MeasuredFront
     ) -> tuple[SearchProgress, str]:
         config, population_size = run.config.search, run.config.sampler.population_size
         log = SearchLog(
-            run.tracker, self.name, folder, problem, trials=run.config.tracking.trials, every=population_size
-        )
+            run.tracker, self.name, folder, problem, trials=run.config.tracking.trials, every=population_size,
+            details=measured.details,
+        )  # fmt: skip
         errors = run.results["calibrate"].metrics
         run.tracker.log_metrics(
             self.name,
@@ -135,7 +145,7 @@ class Search:
         budget = build.budget(run.config)
         dispatcher = Dispatcher(
             study, problem, budget, batch_size=population_size if config.deterministic else None,
-            on_trial=on_trial,
+            on_trial=on_trial, pause_every=measured.every, on_pause=measured.measure,
         )  # fmt: skip
         progress = dispatcher.progress
         with SearchView(
@@ -144,6 +154,8 @@ class Search:
             stopped_by = run_search(
                 dispatcher, self._factory(run), build.engine(run.config), sample_budget=config.num_images
             )
+        while measured.measure(progress):  # what it changes may bring others to the front
+            dispatcher.revise()
         log.finish(counted_trials(study), progress)
         return progress, stopped_by
 
@@ -171,8 +183,9 @@ class Search:
 
 
 def search_problem(run: Run) -> SearchProblem:
-    """What the search is about, on the device that was calibrated."""
-    return build.problem(run.config, cheap_quantities(run, run.results["calibrate"].folder))
+    """What the search was about, with the latency table that it ended with."""
+    predictor = LatencyPredictor.load(run.results["search"].folder / PREDICTOR_FILE)
+    return build.problem(run.config, cheap_quantities(run, predictor.predict))
 
 
 def has_too_many_failures(progress: SearchProgress, max_failures: int | None) -> bool:
@@ -184,13 +197,12 @@ def study_file(run: Run, folder: Path) -> Path:
     return Path(run.config.search.storage) if run.config.search.storage else folder / STUDY_FILE
 
 
-def cheap_quantities(run: Run, calibration: Path) -> dict[str, CheapQuantity]:
+def cheap_quantities(run: Run, latency_ms: Callable[[SparsityVector], float]) -> dict[str, CheapQuantity]:
     """Predicted latency and MACs (in 10⁹) of a vector, by name."""
-    predictor = LatencyPredictor.load(calibration / PREDICTOR_FILE)
     height, width = run.config.latency.image_size
     shape = BACKBONES[run.config.backbone.name]
 
     def macs_g(vector: SparsityVector) -> float:
         return count_macs(shape, (height, width), vector) / 1e9
 
-    return {"latency_ms": predictor.predict, "macs_g": macs_g}
+    return {"latency_ms": latency_ms, "macs_g": macs_g}

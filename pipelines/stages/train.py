@@ -8,6 +8,7 @@ from typing import Any
 from pipelines import build
 from pipelines.artifacts import path_digest
 from pipelines.context import WEIGHTS_FILE, Run
+from pipelines.schema import ConfigSchema
 from pipelines.stages.training import train_stage, training_key
 from sparsevit.checkpoints import write_weights
 
@@ -18,7 +19,9 @@ class Train:
     """Weights that cover the whole model are imported; otherwise the dense model is trained."""
 
     name = "train"
-    needs: tuple[str, ...] = ()
+
+    def needs(self, config: ConfigSchema) -> tuple[str, ...]:
+        return ()
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         initial = build.initial_weights(run.config)

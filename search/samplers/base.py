@@ -5,6 +5,7 @@ that it looks at, and on nothing that lives in a process alone: a search that is
 as it would have.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class VectorSampler(BaseSampler):
     def __init__(self, problem: SearchProblem, config: SamplerConfig) -> None:
         self.problem = problem
         self.config = config
+        self.is_revised = False
         self._genes = distributions(problem.space)
         self._others = RandomSampler(config.seed)
         self._known: WeakKeyDictionary[Study, KnownVectors] = WeakKeyDictionary()
@@ -108,6 +110,25 @@ class VectorSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._others.sample_independent(study, trial, param_name, param_distribution)
+
+    def revise(self) -> None:
+        """Note that cheap quantities have changed: those of finished trials are computed anew."""
+        self.is_revised = True
+
+    def as_now(self, trial: FrozenTrial) -> FrozenTrial:
+        """A finished trial with the cheap quantities of its vector as they are by now."""
+        vector = vector_of(trial, self.problem.space) if self.is_revised else None
+        if vector is None:
+            return trial
+        known = {**trial.user_attrs, **self.problem.measure(vector)}
+        now = copy.copy(trial)
+        now.values = [known[objective.name] for objective in self.problem.objectives]
+        now.system_attrs = {
+            key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints")
+        }
+        for constraint in self.problem.constraints:
+            now.set_constraint(constraint.name, constraint.violation(known[constraint.name]))
+        return now
 
     def reseed_rng(self) -> None:
         """Nothing to do for vectors: processes that share a study know different numbers of them."""
@@ -191,6 +212,16 @@ class GenerationSampler(VectorSampler, BaseGASampler):
         self._counts: WeakKeyDictionary[Study, Counter[int]] = WeakKeyDictionary()
         self._generations: WeakKeyDictionary[Study, dict[int, int]] = WeakKeyDictionary()
         self._parents: WeakKeyDictionary[Study, dict[int, list[Parent]]] = WeakKeyDictionary()
+
+    def revise(self) -> None:
+        super().revise()
+        self._parents.clear()
+
+    def get_population(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return [self.as_now(trial) for trial in super().get_population(study, generation)]
+
+    def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return [self.as_now(trial) for trial in super().get_parent_population(study, generation)]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         super().before_trial(study, trial)

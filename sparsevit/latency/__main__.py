@@ -1,19 +1,24 @@
 """Calibrate a device that has nothing but torch, and look at what came out.
 
     python -m sparsevit.latency calibrate swin_t latency.json --image-size 672 672 --threads 2
+    python -m sparsevit.latency calibrate outputs/…/export latency.json --measure model
+    python -m sparsevit.latency calibrate swin_t bf16.json --dtype bf16 --prior latency.json
     python -m sparsevit.latency validate latency.json
     python -m sparsevit.latency predict latency.json 0.6 0 0.2 0.4 0.5 0
     python -m sparsevit.latency predict latency.json --all > all.csv
     python -m sparsevit.latency show latency.json
 
-`calibrate` measures whole forward passes of a backbone and writes a latency table; the others read one.
+`calibrate` measures whole forward passes of a backbone or of an exported model and writes a latency
+table; the others read one.
 """
 
 import argparse
 import csv
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,18 +26,26 @@ import torch
 
 from sparsevit.backbone import BACKBONES, create_backbone
 from sparsevit.latency.calibration import (
-    DTYPES,
+    MAX_WITH_PRIOR,
     CalibrationConfig,
     calibrate,
     describe_setting,
-    num_calls,
     validate,
 )
-from sparsevit.latency.machine import busy_share
+from sparsevit.latency.machine import busy_warning
 from sparsevit.latency.predictor import LatencyPredictor, LatencySetting
+from sparsevit.latency.subject import (
+    BACKBONE,
+    DTYPES,
+    RUNTIMES,
+    Subject,
+    backbone_subject,
+    model_name,
+    model_subject,
+    num_samples,
+)
+from sparsevit.latency.timing import TimingLimits
 from sparsevit.sparsity import DEFAULT_CHOICES, SparsitySpace, SparsityVector
-
-MAX_BUSY_SHARE = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,40 +65,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _calibrate(options: argparse.Namespace) -> None:
     if not options.table.resolve().parent.is_dir():
         raise ValueError(f"there is no folder {options.table.resolve().parent} for the table")
+    prior = None if options.prior is None else LatencyPredictor.load(options.prior)
+    if options.num_vectors is None:
+        options.num_vectors = 110 if prior is None else MAX_WITH_PRIOR
+    if options.num_held_out is None:
+        options.num_held_out = 50 if prior is None else 0
     config = CalibrationConfig(
-        batch_size=options.batch_size, image_size=tuple(options.image_size), dtype=options.dtype,
-        num_vectors=options.num_vectors, num_held_out=options.num_held_out, num_rounds=options.num_rounds,
+        num_vectors=options.num_vectors, num_held_out=options.num_held_out, limits=_limits(options),
         seed=options.seed,
     )  # fmt: skip
-    depths = BACKBONES[options.backbone].depths
-    space = SparsitySpace(depths, tuple(options.choices))
-    device = _prepare(options.device, options.threads)
-    backbone = create_backbone(options.backbone).to(device)
-    predictor = calibrate(
-        backbone, options.backbone, space, config, _counter(num_calls(space, config), "forward passes")
-    )
+    choices = options.choices or (DEFAULT_CHOICES if prior is None else prior.space.choices)
+    with _subject(
+        options.what, options.measure, options.batch_size, tuple(options.image_size), options.dtype,
+        options.runtime, _prepare(options.device, options.threads),
+    ) as (subject, name):  # fmt: skip
+        space = SparsitySpace(subject.config.depths, tuple(choices))
+        predictor = calibrate(subject, name, space, config, _counter("forward passes"), prior=prior)
     predictor.save(options.table)
-    _print_scores(predictor.scores)
+    _print_scores({**predictor.scores, "error_bar": predictor.error_bar})
     print(f"written: {options.table}")
 
 
 def _validate(options: argparse.Namespace) -> None:
     predictor = LatencyPredictor.load(options.table)
     setting = predictor.setting
+    is_model = setting.measures != BACKBONE
+    if is_model and options.model is None:
+        raise ValueError(
+            f"{options.table} is about the whole model {setting.measures}: give its export with --model"
+        )
     if setting.backbone not in BACKBONES:
         raise ValueError(
             f"{options.table} is about {setting.backbone!r}, which is no backbone of this release"
         )
-    config = CalibrationConfig(
-        batch_size=setting.batch_size, image_size=setting.image_size, dtype=setting.dtype,
-        num_held_out=options.num_vectors, num_rounds=options.num_rounds, seed=options.seed,
+    config = CalibrationConfig(num_held_out=options.num_vectors, limits=_limits(options), seed=options.seed)
+    with _subject(
+        str(options.model) if is_model else setting.backbone, "model" if is_model else BACKBONE,
+        setting.batch_size, setting.image_size, setting.dtype, setting.runtime,
+        _prepare(options.device, setting.num_threads or None),
+    ) as (subject, name):  # fmt: skip
+        for line in _differences(setting, describe_setting(name, subject)):
+            print(f"warning: {line}", file=sys.stderr)
+        _print_scores(validate(predictor, subject, config, _counter("forward passes")))
+
+
+@contextmanager
+def _subject(
+    what: str,
+    measure: str,
+    batch_size: int,
+    image_size: tuple[int, int],
+    dtype: str,
+    runtime: str,
+    device: torch.device,
+) -> Iterator[tuple[Subject, str]]:
+    """What is to be measured, and the name of its backbone."""
+    if what in BACKBONES:
+        if measure != BACKBONE:
+            raise ValueError(f"{what} is a backbone: for a whole model give the folder of its export")
+        name, backbone = what, create_backbone(what).to(device)
+    else:
+        if not Path(what).is_dir():
+            raise ValueError(
+                f"{what!r} is neither the folder of an export nor a backbone ({', '.join(sorted(BACKBONES))})"
+            )
+        from sparsevit.export import load_example, load_exported  # needs more than torch and numpy
+
+        exported = load_exported(what).to(device)
+        name, backbone = exported.config["backbone"], exported.backbone
+    if measure == BACKBONE:
+        with backbone_subject(
+            backbone, batch_size=batch_size, image_size=image_size, dtype=dtype, runtime=runtime
+        ) as subject:
+            yield subject, name
+        return
+    example = load_example(what)
+    example = [value * num_samples(example[0], batch_size) for value in example]
+    task = model_name(exported.config["task"], exported.config["task_config"])
+    with model_subject(exported.model, backbone, example, name=task, dtype=dtype, runtime=runtime) as subject:
+        yield subject, name
+
+
+def _limits(options: argparse.Namespace) -> TimingLimits:
+    return TimingLimits(
+        max_half_width=options.half_width, min_rounds=options.min_rounds,
+        max_rounds=max(options.min_rounds, options.max_rounds),
+        max_seconds=None if options.max_minutes is None else 60 * options.max_minutes,
     )  # fmt: skip
-    device = _prepare(options.device, setting.num_threads or None)
-    for line in _differences(setting, describe_setting(setting.backbone, config, device)):
-        print(f"warning: {line}", file=sys.stderr)
-    backbone = create_backbone(setting.backbone).to(device)
-    total = config.num_rounds * config.num_held_out
-    _print_scores(validate(predictor, backbone, config, _counter(total, "forward passes")))
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -93,7 +159,8 @@ def _predict(options: argparse.Namespace) -> None:
     if options.all == bool(options.ratios):
         raise ValueError("give the ratios of one vector, or --all")
     if options.ratios:
-        print(f"{predictor.predict(SparsityVector(tuple(options.ratios))):.4g} ms")
+        latency = predictor.predict(SparsityVector(tuple(options.ratios)))
+        print(f"{latency:.4g} ms ± {predictor.error_bar * latency:.2g} ms")
         return
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*predictor.space.gene_names, "latency_ms"])
@@ -105,9 +172,17 @@ def _show(options: argparse.Namespace) -> None:
     predictor = LatencyPredictor.load(options.table)
     for name, value in {**asdict(predictor.setting), "date": predictor.date, **predictor.provenance}.items():
         print(f"{name:>16}  {value}")
-    dense, sparsest = predictor.space.dense, predictor.space.sparsest
-    print(f"{'dense':>16}  {predictor.predict(dense):.4g} ms")
-    print(f"{'sparsest':>16}  {predictor.predict(sparsest):.4g} ms")
+    measured = {each.vector: each for each in predictor.measurements}
+    for name, vector in (("dense", predictor.space.dense), ("sparsest", predictor.space.sparsest)):
+        print(f"{name:>16}  {predictor.predict(vector):.4g} ms ± {predictor.error_bar:.1%}", end="")
+        found = measured.get(vector)
+        if found is not None:
+            print(f"; measured {found.latency_ms:.4g} ms ± {found.half_width:.1%}", end="")
+            if found.energy_mj is not None:
+                print(f", {found.energy_mj:.4g} mJ", end="")
+            if found.peak_mib is not None:
+                print(f", {found.peak_mib:.0f} MiB", end="")
+        print()
     print(f"\n{'ms added at':>16}", *(f"{choice:>7g}" for choice in predictor.space.choices))
     for name, row in zip(predictor.space.gene_names, predictor.terms_ms, strict=True):
         print(f"{name:>16}", *(f"{round(term, 2) + 0.0:7.2f}" for term in row))
@@ -130,13 +205,9 @@ def _prepare(name: str, num_threads: int | None) -> torch.device:
         raise ValueError(f"--threads must be at least 1, got {num_threads}")
     if num_threads is not None and device.type == "cpu":
         torch.set_num_threads(num_threads)
-    busy = busy_share()
-    if busy > MAX_BUSY_SHARE:
-        print(
-            f"warning: other processes take {busy:.0%} of this machine's processors; what is measured beside "
-            "them is not what the device can do",
-            file=sys.stderr,
-        )
+    warning = busy_warning()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     return device
 
 
@@ -154,17 +225,19 @@ def _print_scores(scores: Mapping[str, float]) -> None:
         print(f"{name:>24}  {value:.4g}")
 
 
-def _counter(total: int, what: str) -> Callable[[], None]:
+def _counter(what: str) -> Callable[[int, int], None]:
     """Counts on stderr, on one line where there is a terminal, else ten times in all."""
-    done = 0
+    last_tenth = 0
 
-    def count() -> None:
-        nonlocal done
-        done += 1
+    def count(done: int, expected: int) -> None:
+        nonlocal last_tenth
+        tenth = 10 * done // expected
         if sys.stderr.isatty():
-            print(f"\r{done}/{total} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done % max(1, total // 10) == 0:
-            print(f"{done}/{total} {what}", file=sys.stderr)
+            end = "\n" if done == expected else ""
+            print(f"\r{done}/{expected} {what}", end=end, file=sys.stderr, flush=True)
+        elif tenth > last_tenth:
+            print(f"{done}/{expected} {what}", file=sys.stderr)
+        last_tenth = max(tenth, last_tenth)
 
     return count
 
@@ -176,26 +249,42 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="calibrate | validate | predict | show")
     new = commands.add_parser("calibrate", help="measure this device and write a table")
-    new.add_argument("backbone", choices=sorted(BACKBONES))
+    new.add_argument("what", metavar="backbone|export", help=f"{', '.join(sorted(BACKBONES))}, or a folder")
     new.add_argument("table", type=Path, help="JSON that is written")
-    new.add_argument("--image-size", type=int, nargs=2, default=(672, 672), metavar=("HEIGHT", "WIDTH"))
+    new.add_argument("--measure", choices=(BACKBONE, "model"), default=BACKBONE)
+    new.add_argument(
+        "--image-size", type=int, nargs=2, default=(672, 672), metavar=("HEIGHT", "WIDTH"),
+        help="of a backbone; a model is measured on the image of its export",
+    )  # fmt: skip
     new.add_argument("--batch-size", type=int, default=1)
     new.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    new.add_argument("--runtime", choices=RUNTIMES, default="eager")
     new.add_argument("--device", default="cpu")
     new.add_argument("--threads", type=int, help="of a CPU")
-    new.add_argument("--choices", type=float, nargs="+", default=DEFAULT_CHOICES, help="ratios of a gene")
-    new.add_argument("--num-vectors", type=int, default=110, help="that the table is fitted to")
-    new.add_argument("--num-held-out", type=int, default=50, help="that score it")
-    new.add_argument("--num-rounds", type=int, default=7, help="forward passes per vector")
+    new.add_argument("--choices", type=float, nargs="+", help="ratios of a gene")
+    new.add_argument("--prior", type=Path, help="table of another device, dtype, batch or size to start from")
+    new.add_argument(
+        "--num-vectors", type=int, help=f"that the table is fitted to: 110, or {MAX_WITH_PRIOR} with --prior"
+    )
+    new.add_argument("--num-held-out", type=int, help="that score it: 50, or none with --prior")
     new.add_argument("--seed", type=int, default=0)
     new.set_defaults(command=_calibrate)
     check = commands.add_parser("validate", help="measure vectors that the table has not seen")
     check.add_argument("table", type=Path)
+    check.add_argument("--model", type=Path, help="export of the model that the table is about")
     check.add_argument("--device", default="cpu")
     check.add_argument("--num-vectors", type=int, default=100)
-    check.add_argument("--num-rounds", type=int, default=7)
     check.add_argument("--seed", type=int, default=1)
     check.set_defaults(command=_validate)
+    for command in (new, check):
+        limits = TimingLimits()
+        command.add_argument(
+            "--half-width", type=float, default=limits.max_half_width,
+            help="of the 95 %% confidence interval of a latency, relative, that is narrow enough",
+        )  # fmt: skip
+        command.add_argument("--min-rounds", type=int, default=limits.min_rounds, help="of forward passes")
+        command.add_argument("--max-rounds", type=int, default=limits.max_rounds)
+        command.add_argument("--max-minutes", type=float, help="after which no further round begins")
     ask = commands.add_parser("predict", help="milliseconds of a vector, or of all, as CSV")
     ask.add_argument("table", type=Path)
     ask.add_argument("ratios", type=float, nargs="*")
@@ -208,4 +297,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     sys.exit(main())

@@ -89,6 +89,13 @@ class Detection3D:
             )
         return detection_metrics(dataset.tables, dataset.sample_ids, results)
 
+    def inputs(
+        self, dataset: DataSplit, indices: Sequence[int]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        seen = self._seen(dataset)
+        images, targets = zip(*(seen[index] for index in indices), strict=True)
+        return to_inputs(images, torch.device("cpu")), _cameras(targets)
+
     @torch.inference_mode()
     def draw(
         self, model: nn.Module, dataset: DataSplit, index: int, sparsity: SparsityVector | None

@@ -1,6 +1,6 @@
 """Instance segmentation: mask AP of a Mask R-CNN on data in COCO format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,9 @@ class InstanceSegmentation:
             "mask_ap": mask_ap,
             **{f"mask_ap/{names[category]}": value for category, value in by_category.items()},
         }
+
+    def inputs(self, dataset: DataSplit, indices: Sequence[int]) -> tuple[list[Tensor]]:
+        return (to_inputs([dataset[index][0] for index in indices], torch.device("cpu")),)
 
     @torch.inference_mode()
     def draw(

@@ -75,6 +75,12 @@ class Task(Protocol):
         Beside `metrics` it may give parts of them, such as ``iou/road``, for the report.
         """
 
+    def inputs(self, dataset: DataSplit, indices: Sequence[int]) -> tuple[Any, ...]:
+        """What a model in evaluation mode takes for some samples: a list of images in [0, 1], perhaps more.
+
+        Every part is a list with an entry per sample, on the CPU.
+        """
+
     def draw(
         self, model: nn.Module, dataset: DataSplit, index: int, sparsity: SparsityVector | None
     ) -> Mapping[str, Tensor]:

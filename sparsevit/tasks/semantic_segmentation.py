@@ -1,6 +1,6 @@
 """Semantic segmentation: mean IoU of a Mask2Former on data in the layout of Cityscapes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ class SemanticSegmentation:
             "miou": mean_iou(ious),
             **{f"iou/{name}": iou for name, iou in by_class if iou == iou},  # NaN: it does not occur
         }
+
+    def inputs(self, dataset: DataSplit, indices: Sequence[int]) -> tuple[list[Tensor]]:
+        return (to_inputs([dataset[index][0] for index in indices], torch.device("cpu")),)
 
     @torch.inference_mode()
     def draw(

@@ -13,9 +13,7 @@ fp32 alone, on a CPU.
 """
 
 import argparse
-import ctypes
 import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,10 +29,11 @@ import transformers
 from torch import Tensor, nn
 
 from sparsevit import BACKBONES, SparseSwin, SparsityVector, create_backbone, export_backbone_weights
-from sparsevit.latency.calibration import DTYPES
 from sparsevit.latency.machine import device_name
 from sparsevit.latency.macs import count_macs
-from sparsevit.latency.timing import time_interleaved_ms
+from sparsevit.latency.memory import peak_mib
+from sparsevit.latency.subject import DTYPES, specialized_call
+from sparsevit.latency.timing import TimingLimits, time_interleaved
 
 PEERS = ("torchvision", "timm", "huggingface")
 MODES = ("eager", "compiled", "onnxruntime")
@@ -151,13 +150,13 @@ def print_table(
         calls["", "peak"] = partial(torch.mm, square, square)
         for call in calls.values():
             call()  # compiles
-        times, _ = time_interleaved_ms(
-            list(calls.values()), calls[modes[0], str(vectors[0])], device=device, num_rounds=num_rounds,
-            generator=torch.Generator().manual_seed(0),
+        timings = time_interleaved(
+            list(calls.values()), calls[modes[0], str(vectors[0])], device=device,
+            limits=TimingLimits.exactly(num_rounds), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-    medians = dict(zip(calls, map(statistics.median, times), strict=True))
+    medians = dict(zip(calls, (timing.median_ms for timing in timings.calls), strict=True))
     peak_rate = 2 * PEAK_SIZE**3 / medians.pop(("", "peak"))
-    memory = {name: peak_mib(name, setting, dtype_name, device) for name in ("ours", *PEERS)}
+    memory = {name: peak_of(name, setting, dtype_name, device) for name in ("ours", *PEERS)}
     macs = {str(vector): macs_of(setting, vector) for vector in vectors}
     dense = str(vectors[0])
     print(f"\n{setting_name}, {dtype_name}; matrix products reach {peak_rate / 1e6:.0f} GFLOP/s")
@@ -184,17 +183,7 @@ def call_of(
     """A forward pass of ours at a vector."""
     if mode == "eager":
         return partial(backbone, images, vector)
-    special = backbone.specialize(vector, (images.shape[2], images.shape[3]))
-    if mode == "compiled":
-        return partial(torch.compile(special, fullgraph=True, dynamic=False), images)
-    path = folder / f"{vector}.onnx"
-    with torch.inference_mode(False):
-        torch.onnx.export(special, (images.clone(),), path, dynamo=True, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # disturbs what follows
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})
+    return specialized_call(backbone, images, vector, mode, folder)
 
 
 def vectors_of(setting: Setting, ratios: Sequence[float]) -> list[SparsityVector]:
@@ -210,33 +199,22 @@ def macs_of(setting: Setting, vector: SparsityVector) -> int:
     return setting.batch_size * count_macs(BACKBONES[setting.backbone], size, vector)
 
 
-def peak_mib(name: str, setting: Setting, dtype_name: str, device: torch.device) -> float:
+def peak_of(name: str, setting: Setting, dtype_name: str, device: torch.device) -> float:
     """Memory that one dense forward pass needs on top of the network, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_mib, (name, setting, dtype_name, str(device)))
+        return pool.apply(_peak_of, (name, setting, dtype_name, str(device)))
 
 
 @torch.inference_mode()
-def _peak_mib(name: str, setting: Setting, dtype_name: str, device: str) -> float:
+def _peak_of(name: str, setting: Setting, dtype_name: str, device: str) -> float:
     model = build(name, setting).to(device, DTYPES[dtype_name])
     images = torch.randn(setting.batch_size, 3, setting.height, setting.width)
     images = images.to(device, DTYPES[dtype_name])
     if device != "cpu":
         model(images)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        model(images)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the network left behind
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    before_kib = _status_kib("VmRSS")
-    model(images)
-    return (_status_kib("VmHWM") - before_kib) / 1024
-
-
-def _status_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    peak = peak_mib(partial(model, images), torch.device(device))
+    assert peak is not None
+    return peak
 
 
 if __name__ == "__main__":

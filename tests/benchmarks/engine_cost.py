@@ -107,7 +107,7 @@ def search(
             )  # fmt: skip
         tracker.start(PARENT, "cost")
         tracker.start("search", "search", parent=PARENT)
-        log = SearchLog(tracker, "search", folder, PROBLEM, trials=trials, every=100)
+        log = SearchLog(tracker, "search", folder, PROBLEM, trials=trials, every=100, details=lambda _: {})
 
         def on_trial(trial: FrozenTrial, progress: SearchProgress) -> None:
             log.on_trial(trial, progress)

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 
 from sparsevit import SparseSwin, SparsitySpace, SparsityVector, create_backbone
-from sparsevit.latency.calibration import DTYPES
 from sparsevit.latency.machine import device_name
+from sparsevit.latency.subject import DTYPES
 from sparsevit.latency.timing import time_once_ms
 
 

@@ -8,7 +8,6 @@ checkpoints, the ratio to the dense step, and the peak memory of a step in a pro
 
 import argparse
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from sparsevit import SparseSwin, SparsityVector, create_backbone
 from sparsevit.latency.machine import device_name
-from sparsevit.latency.timing import time_interleaved_ms
+from sparsevit.latency.timing import TimingLimits, time_interleaved
 
 
 def main() -> None:
@@ -43,11 +42,11 @@ def main() -> None:
     calls: list[Callable[[], object]] = [
         partial(step, backbones[flag], images, backbones[flag].space.uniform(ratio)) for flag, ratio in cases
     ]
-    times, _ = time_interleaved_ms(
-        calls, calls[0], device=device, num_rounds=arguments.rounds,
+    timings = time_interleaved(
+        calls, calls[0], device=device, limits=TimingLimits.exactly(arguments.rounds),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    medians = [statistics.median(row) for row in times]
+    medians = [timing.median_ms for timing in timings.calls]
     del calls, backbones  # their gradients
     print(f"{'checkpoints':<12} {'ratio':>6} {'ms':>9} {'of dense':>9} {'peak GiB':>9}")
     for (flag, ratio), milliseconds in zip(cases, medians, strict=True):

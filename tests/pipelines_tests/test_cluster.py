@@ -117,6 +117,39 @@ def test_a_node_that_joins_later_gets_work(cluster: Cluster, tmp_path: Path) -> 
     assert len({trial.user_attrs[WORKER].partition("/")[0] for trial in trials}) == 2
 
 
+LANE = """
+import sys
+import ray
+from search.engine import EngineConfig
+from search.lane import run_in_lane
+
+def where(on_progress):
+    on_progress(1, 2)
+    return ray.get_runtime_context().get_node_id()
+
+config = EngineConfig(address=sys.argv[1], num_workers=None, latency_lane=sys.argv[2])
+node = run_in_lane(where, config)
+ray.init(sys.argv[1], log_to_driver=False)
+(lane,) = [node["NodeID"] for node in ray.nodes() if "latency" in node["Resources"]]
+print("in the lane:", node == lane)
+"""
+
+
+def test_what_is_measured_has_a_node_to_itself(cluster: Cluster) -> None:
+    """A node without CPUs to offer takes no trials, only what asks for its lane."""
+    cluster.add_node("--num-cpus=0", '--resources={"latency": 1}')
+    wait_until(lambda: cluster.num_nodes() == 3, 90, "the lane")
+    in_lane, nowhere = (
+        subprocess.run(
+            [sys.executable, "-c", LANE, cluster.address, name],
+            env=cluster.environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
+        )
+        for name in ("latency", "gpu-lane")
+    )  # fmt: skip
+    assert "in the lane: True" in in_lane.stdout, in_lane.stderr[-2000:]
+    assert "no node offers cluster.latency_lane=gpu-lane: start one on the device" in nowhere.stderr
+
+
 def test_the_manifest_in_the_docs_is_whole() -> None:
     page = (ROOT / "docs" / "cluster.md").read_text()
     manifest = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])

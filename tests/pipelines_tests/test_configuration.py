@@ -204,6 +204,8 @@ def test_users_data_is_found_by_its_root_alone(tmp_path: Path) -> None:
         ),
         ("latency.batch_size=1", "batch_size=4 instead of 1. On the device: .* --batch-size 1"),
         ("latency.dtype=bf16", "dtype=fp32 instead of bf16"),
+        ("latency.runtime=compiled", "runtime=eager instead of compiled. .* --runtime compiled"),
+        ("latency.measure=model", "measure=backbone instead of model. .*calibrate /path/to/export"),
         ("backbone=swin_t", "backbone=swin_nano instead of swin_t. .*calibrate swin_t"),
         ("backbone.choices=[0,0.5]", r"choices=.* instead of \[0.0, 0.5\]\. .*--choices 0 0.5"),
     ],
@@ -211,7 +213,7 @@ def test_users_data_is_found_by_its_root_alone(tmp_path: Path) -> None:
 def test_a_latency_table_of_something_else_is_refused(tmp_path: Path, override: str, difference: str) -> None:
     space = SparsitySpace((2, 2, 6, 2))
     terms = tuple((0.0, *(-float(step) for step in range(1, 9))) for _ in range(6))
-    setting = LatencySetting("a board", 4, "2.11", "fp32", 4, (256, 256), "swin_nano")
+    setting = LatencySetting("a board", 4, "2.11", "eager", "fp32", 4, (256, 256), "swin_nano", "backbone")
     path = tmp_path / "latency.json"
     LatencyPredictor(space, 100.0, terms, setting).save(path)
     of_table = ["latency=table", f"latency.path={path}"]

@@ -71,7 +71,10 @@ def test_the_view_says_what_matters_and_degrades_to_lines(tmp_path: Path) -> Non
 
 def test_the_front_is_written_every_generation(tmp_path: Path) -> None:
     sampler = create_sampler(problem(), SamplerConfig(population_size=8, num_parents=2))
-    log = SearchLog(NoTracker(), "search", tmp_path, problem(), trials="all", every=8)
+    log = SearchLog(
+        NoTracker(), "search", tmp_path, problem(), trials="all", every=8,
+        details=lambda vector: {"measured_ms": 2.0 * sum(vector)},
+    )  # fmt: skip
     with open_study(tmp_path / "study.journal", problem(), sampler) as study:
         dispatcher = Dispatcher(study, problem(), Budget(20), on_trial=log.on_trial)
         run_alone(dispatcher, max_trials=7)
@@ -82,6 +85,8 @@ def test_the_front_is_written_every_generation(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "front.csv")
     assert len(first) <= len(table) == len(dispatcher.progress.front.members)
     assert list(table["ap"]) == sorted(table["ap"])
+    sums = [sum(map(float, vector.strip("[]").split())) for vector in table["vector"]]
+    assert list(table["measured_ms"]) == pytest.approx([2 * total for total in sums])
     assert "plotly" in (tmp_path / "front.html").read_text().lower()
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 

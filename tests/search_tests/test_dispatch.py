@@ -9,9 +9,10 @@ from optuna.trial import FrozenTrial, Trial
 
 from search.dispatch import Budget, Dispatcher
 from search.encoding import vector_of
-from search.problem import Objective, SearchProblem
-from search.progress import front_of
+from search.problem import Constraint, Objective, SearchProblem
+from search.progress import SearchProgress, front_of
 from search.samplers import SAMPLERS, SamplerConfig, create_sampler
+from search.samplers.base import GenerationSampler
 from search.space import Vector
 from search.study import counted_trials, enqueue, open_study
 from tests.search_tests.problems import SPACE, evaluate, problem, run_alone
@@ -217,3 +218,62 @@ def test_progress_is_what_the_finished_trials_give(tmp_path: Path) -> None:
 def test_a_budget_that_ends_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Budget(**fields)
+
+
+def test_nothing_runs_while_a_search_pauses(tmp_path: Path) -> None:
+    """What is measured then has the machine to itself."""
+    the_problem, paused_at = problem(), []
+    sampler = create_sampler(the_problem, SamplerConfig("random"))
+    running: list[Trial] = []
+
+    def on_pause(progress: SearchProgress) -> bool:
+        assert running == []
+        paused_at.append(progress.num_counted)
+        return False
+
+    with open_study(tmp_path / "study.journal", the_problem, sampler) as study:
+        dispatcher = Dispatcher(study, the_problem, Budget(30), pause_every=8, on_pause=on_pause)
+        while dispatcher.stopped_by is None:
+            while len(running) < 3 and (trial := dispatcher.next_trial()) is not None:
+                running.append(trial)
+            trial = running.pop(0)
+            dispatcher.tell(trial.number, evaluate(dispatcher.vector_of(trial)))
+    assert len(paused_at) == 3
+    assert all(8 * (index + 1) <= count <= 8 * (index + 1) + 2 for index, count in enumerate(paused_at))
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "evolution"])
+def test_a_changed_quantity_counts_for_finished_trials_too(tmp_path: Path, sampler: str) -> None:
+    """Half-way the last gene turns out to gain nothing: fronts and parents know it at once."""
+    weights = [2.0] * SPACE.num_genes
+
+    def latency_now(vector: Any) -> float:
+        return 20.0 - float(sum(weight * ratio for weight, ratio in zip(weights, vector, strict=True)))
+
+    objectives = (Objective("ap", "maximize"), Objective("latency_ms", "minimize"))
+    bound = Constraint("latency_ms", upper=18.0)
+    the_problem = SearchProblem(SPACE, objectives, {"latency_ms": latency_now}, ("ap",), [bound])
+    chosen = create_sampler(the_problem, SamplerConfig(sampler, population_size=POPULATION, num_parents=4))
+
+    def on_pause(progress: SearchProgress) -> bool:
+        weights[-1] = 0.0
+        return True
+
+    with open_study(tmp_path / "study.journal", the_problem, chosen) as study:
+        enqueue(study, chosen.first_vectors(), the_problem)
+        dispatcher = Dispatcher(study, the_problem, Budget(40), pause_every=24, on_pause=on_pause)
+        run_alone(dispatcher)
+        told = {vector_of(t, SPACE): t.values for t in counted_trials(study) if t.values}
+        assert any(values[1] < latency_now(vector) - 0.5 for vector, values in told.items())  # as it was then
+        for member in dispatcher.progress.front.members:
+            assert member.values["latency_ms"] == latency_now(member.vector)
+            assert member.values["latency_ms"] <= 18.0
+        assert dispatcher.progress.front == front_of(counted_trials(study), the_problem)
+        assert dispatcher.progress.num_counted == len(dispatcher.progress.hypervolumes) == 40
+        assert isinstance(chosen, GenerationSampler)
+        last = max(t.system_attrs[chosen._get_generation_key()] for t in counted_trials(study))
+        for parent in chosen.get_parent_population(study, last):
+            vector = vector_of(parent, SPACE)
+            assert vector is not None
+            assert parent.values[1] == latency_now(vector)
+            assert parent.constraints["latency_ms"] == max(0.0, latency_now(vector) - 18.0)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsevit import SparsitySpace, SparsityVector, create_backbone
 from sparsevit.backbone import BACKBONES
 from sparsevit.latency import LatencyPredictor
-from sparsevit.latency.calibration import CalibrationConfig, calibrate, design_vectors, measure_ms, num_calls
+from sparsevit.latency.calibration import CalibrationConfig, calibrate, design_vectors, measure
+from sparsevit.latency.fitting import fit_additive, prior_from_macs, prior_from_table
 from sparsevit.latency.macs import count_macs
-from sparsevit.latency.predictor import LatencySetting, score_predictions
+from sparsevit.latency.predictor import LatencySetting, Measurement
+from sparsevit.latency.scores import error_bar, score_predictions
+from sparsevit.latency.subject import backbone_subject
+from sparsevit.latency.timing import TimingLimits
 
 SPACE = SparsitySpace((2, 2, 6, 2))
-SETTING = LatencySetting("a device", 2, "2.11", "fp32", 1, (672, 672), "swin_t")
+SETTING = LatencySetting("a device", 2, "2.11", "eager", "fp32", 1, (672, 672), "swin_t", "backbone")
 
 
 def true_latency(vector: SparsityVector) -> float:
@@ -35,8 +40,16 @@ def fitted(noise: float = 0.0, trusted_noise: float | None = None) -> LatencyPre
     rng = np.random.default_rng(0)
     vectors = design_vectors(SPACE, 110, torch.Generator().manual_seed(0))
     latencies = [true_latency(vector) * (1 + noise * rng.standard_normal()) for vector in vectors]
-    trusted_noise = trusted_noise or noise + 1e-6
-    return LatencyPredictor.fit(SPACE, vectors, latencies, SETTING, macs=macs_of_swin_t, noise=trusted_noise)
+    prior = prior_from_macs(SPACE, vectors, latencies, macs_of_swin_t)
+    fit = fit_additive(SPACE, vectors, latencies, prior, noise if trusted_noise is None else trusted_noise)
+    measurements = tuple(
+        Measurement(vector, latency, 1.96 * noise, 5)
+        for vector, latency in zip(vectors, latencies, strict=True)
+    )
+    return LatencyPredictor(
+        SPACE, fit.base_ms, fit.terms_ms, SETTING, 0.03, prior, measurements, {"rmspe": 0.01},
+        "2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
 
 
 def root_mean_square_error(predictor: LatencyPredictor) -> float:
@@ -48,7 +61,7 @@ def root_mean_square_error(predictor: LatencyPredictor) -> float:
 
 def test_the_noisier_the_measurements_the_more_the_macs_count() -> None:
     noisy = root_mean_square_error(fitted(noise=0.1))
-    assert noisy < 0.6 * root_mean_square_error(fitted(noise=0.1, trusted_noise=1e-6))
+    assert noisy < 0.6 * root_mean_square_error(fitted(noise=0.1, trusted_noise=0.0))
 
 
 def test_additive_latency_is_recovered_from_110_measurements() -> None:
@@ -67,7 +80,7 @@ def test_prediction_never_grows_with_a_ratio_even_from_noisy_measurements() -> N
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    predictor = replace(fitted(), scores={"rmspe": 0.01}, date="2026-01-01T00:00:00+00:00")
+    predictor = fitted()
     predictor.save(tmp_path / "latency.json")
     assert LatencyPredictor.load(tmp_path / "latency.json") == predictor
     content = json.loads((tmp_path / "latency.json").read_text())
@@ -79,7 +92,10 @@ def test_json_round_trip(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"schema_version": 99}, "schema version 99"),
+        ({"schema_version": 2}, "schema version 2, this release reads 3"),
         ({"base_ms": -1.0}, "must be finite and the base positive"),
+        ({"base_ms": 20.0}, "the sparsest vector would take -.* ms; latencies are positive"),
+        ({"error_bar": math.nan}, "the error bar must be finite and at least 0, got nan"),
         ({"base_ms": math.inf}, "must be finite and the base positive"),
         ({"terms_ms": {}}, "is not a usable latency table"),
     ],
@@ -156,29 +172,170 @@ def test_macs_are_those_that_the_backbone_computes(size: tuple[int, int], ratio:
     assert counter.get_total_flops() == 2 * count_macs(backbone.config, size, vector)
 
 
+@pytest.mark.parametrize(
+    ("gene", "terms", "message"),
+    [
+        ("stage1.pair1", [0.0, -1.0, -0.5], "the terms of stage1.pair1 must begin at 0 and never grow"),
+        ("stage3.pair2", [0.5, 0.0, -1.0], "the terms of stage3.pair2 must begin at 0"),
+        ("stage4.pair1", [0.0, math.nan, -1.0], "must be finite"),
+    ],
+)
+def test_terms_that_no_device_has(tmp_path: Path, gene: str, terms: list[float], message: str) -> None:
+    path = tmp_path / "latency.json"
+    fitted().save(path)
+    content = json.loads(path.read_text())
+    content["terms_ms"][gene][:3] = terms
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        LatencyPredictor.load(path)
+
+
+@pytest.mark.parametrize("latency", [-1.0, 0.0, math.inf])
+def test_a_measurement_that_no_device_gives(tmp_path: Path, latency: float) -> None:
+    path = tmp_path / "latency.json"
+    fitted().save(path)
+    content = json.loads(path.read_text())
+    content["measurements"][3]["latency_ms"] = latency
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="a latency must be positive and finite"):
+        LatencyPredictor.load(path)
+
+
+def stretched_latency(vector: SparsityVector) -> float:
+    """As of another device: every stage scales on its own."""
+    weights = (4.0, 5.0, 2.6, 2.6, 2.6, 1.2)
+    return 30 - sum(weight * float(ratio**0.8) for weight, ratio in zip(weights, vector, strict=True))
+
+
+def test_fifteen_measurements_and_a_table_of_another_device_do() -> None:
+    rng = np.random.default_rng(1)
+    vectors = design_vectors(SPACE, 15, torch.Generator().manual_seed(0))
+    latencies = [stretched_latency(vector) * (1 + 0.01 * rng.standard_normal()) for vector in vectors]
+    errors = {}
+    for name, prior in (
+        ("table", prior_from_table(SPACE, fitted().terms_ms, vectors, latencies, 0.01)),
+        ("MACs", prior_from_macs(SPACE, vectors, latencies, macs_of_swin_t)),
+    ):
+        fit = fit_additive(SPACE, vectors, latencies, prior, 0.01)
+        generator = torch.Generator().manual_seed(9)
+        unseen = [SPACE.draw(generator) for _ in range(200)]
+        wrong = [fit.predict(SPACE, vector) / stretched_latency(vector) - 1 for vector in unseen]
+        errors[name] = float(np.sqrt(np.mean(np.square(wrong))))
+    assert errors["table"] < 0.015
+    assert errors["table"] < 0.7 * errors["MACs"]
+
+
+def test_a_design_has_both_ends_and_every_stage_alone() -> None:
+    for number in (7, 15, 110):
+        vectors = design_vectors(SPACE, number, torch.Generator().manual_seed(0))
+        assert len(vectors) == number
+        assert {SPACE.dense, SPACE.sparsest} <= {*vectors}
+        alone = [(0.8, 0, 0, 0, 0, 0), (0, 0.8, 0, 0, 0, 0), (0, 0, 0.8, 0.8, 0.8, 0), (0, 0, 0, 0, 0, 0.8)]
+        assert {SparsityVector(ratios) for ratios in alone} <= {*vectors}
+        assert all(vector in SPACE for vector in vectors)
+
+
+def test_a_refit_learns_what_is_measured_and_keeps_what_is_not() -> None:
+    """The device turns out to gain less from the first stage than the table says."""
+    before = fitted(noise=0.01)
+
+    def really(vector: SparsityVector) -> float:
+        return true_latency(vector) + 6 * vector.ratios[0]
+
+    generator = torch.Generator().manual_seed(5)
+    new = [Measurement(v, really(v), 0.005, 9) for v in (SPACE.draw(generator) for _ in range(40))]
+    after = before.refitted(new)
+    assert len(after.measurements) == 110 + 40
+    unseen = [SPACE.draw(generator) for _ in range(100)]
+    pruned = [vector for vector in unseen if vector.ratios[0] >= 0.5]
+
+    def error(predictor: LatencyPredictor) -> float:
+        return float(np.mean([abs(predictor.predict(v) / really(v) - 1) for v in pruned]))
+
+    assert error(after) < 0.75 * error(before)
+    assert after.prior == before.prior
+
+
+def test_a_table_without_measurements_cannot_be_refitted() -> None:
+    with pytest.raises(ValueError, match="no measurements of its own"):
+        replace(fitted(), measurements=()).refitted([])
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([0.01 * k for k in range(1, 101)], 0.96),  # ⌈101 · 0.95⌉ = 96th of 100
+        ([0.01 * k for k in range(1, 11)], 0.10),  # too few for 95 %: the largest
+    ],
+)
+def test_error_bars_hold_errors_of_the_unseen(errors: list[float], expected: float) -> None:
+    assert error_bar([1 + error for error in errors], [1.0] * len(errors)) == pytest.approx(expected)
+
+
 def test_calibration_measures_a_real_backbone() -> None:
     backbone = create_backbone("swin_nano")
-    config = CalibrationConfig(image_size=(128, 128), num_vectors=40, num_held_out=6, num_rounds=2)
-    calls = []
-    predictor = calibrate(backbone, "swin_nano", backbone.space, config, lambda: calls.append(1))
-    assert len(calls) == num_calls(backbone.space, config)
+    config = CalibrationConfig(num_vectors=40, num_held_out=6, limits=TimingLimits.exactly(2))
+    calls: list[tuple[int, int]] = []
+    with backbone_subject(backbone, batch_size=2, image_size=(128, 96)) as subject:
+        predictor = calibrate(
+            subject,
+            "swin_nano",
+            backbone.space,
+            config,
+            lambda done, expected: calls.append((done, expected)),
+        )
+    assert calls[-1] == (2 * len({each.vector for each in predictor.measurements}),) * 2
     assert predictor.predict(backbone.space.sparsest) < predictor.predict(backbone.space.dense)
-    assert {"rmspe", "spearman", "macs_rmspe", "repeat_noise"} <= set(predictor.scores)
-    assert predictor.setting.torch_version == torch.__version__
+    assert {"rmspe", "spearman", "macs_rmspe", "repeat_noise", "drift"} <= set(predictor.scores)
+    setting = predictor.setting
+    assert (setting.torch_version, setting.batch_size) == (torch.__version__, 2)
+    assert (setting.image_size, setting.measures, setting.runtime) == ((128, 96), "backbone", "eager")
+    assert predictor.error_bar > 0
+    assert sum(each.is_held_out for each in predictor.measurements) == 6
+    assert all(each.num_repeats == 2 for each in predictor.measurements)
+
+
+def test_without_held_out_vectors_the_error_bar_is_cross_validated() -> None:
+    backbone = create_backbone("swin_nano")
+    config = CalibrationConfig(num_vectors=12, num_held_out=0, limits=TimingLimits.exactly(1))
+    with backbone_subject(backbone, batch_size=1, image_size=(64, 64)) as subject:
+        predictor = calibrate(subject, "swin_nano", backbone.space, config)
+    assert predictor.error_bar > 0
+    assert "rmspe" not in predictor.scores
+
+
+def test_a_prior_of_another_space_is_refused() -> None:
+    backbone = create_backbone("swin_nano")
+    space = SparsitySpace((2, 2, 6, 2), choices=(0.0, 0.5))
+    with (
+        backbone_subject(backbone, batch_size=1, image_size=(64, 64)) as subject,
+        pytest.raises(ValueError, match=r"the table to start from has depths \[2, 2, 6, 2\] and choices"),
+    ):
+        calibrate(subject, "swin_nano", space, CalibrationConfig(), prior=fitted())
 
 
 def test_measuring_leaves_the_backbone_as_it_was() -> None:
     backbone = create_backbone("swin_nano").train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    config = CalibrationConfig(image_size=(64, 64), dtype="bf16", num_rounds=1)
-    measure_ms(backbone, [backbone.space.dense], config)
+    with backbone_subject(backbone, batch_size=1, image_size=(64, 64), dtype="bf16") as subject:
+        measured = measure(subject, [backbone.space.dense], TimingLimits.exactly(1))
+    assert measured.latencies_ms[0] > 0
     assert backbone.training
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, before[name])
 
 
-def test_bad_calibration_configuration() -> None:
-    with pytest.raises(ValueError, match=r"dtype must be one of \['bf16', 'fp16', 'fp32'\], got 'int8'"):
-        CalibrationConfig(dtype="int8")
-    with pytest.raises(ValueError, match="batch, image size and rounds start at 1"):
-        CalibrationConfig(batch_size=0)
+@pytest.mark.parametrize(
+    ("create", "message"),
+    [
+        (lambda: CalibrationConfig(num_vectors=3), "a fit needs at least 7 vectors"),
+        (lambda: CalibrationConfig(num_held_out=1), "held-out vectors: none, or at least 2; got 1"),
+        (lambda: TimingLimits(min_rounds=0), "rounds: 1 ≤ min_rounds ≤ max_rounds, got 0 and 12"),
+        (lambda: TimingLimits(min_rounds=5, max_rounds=4), "got 5 and 4"),
+        (lambda: TimingLimits(max_half_width=0.0), "max_half_width lies between 0 and 1, got 0.0"),
+        (lambda: TimingLimits(max_seconds=0.0), "the time limit must be positive, got 0.0 s"),
+    ],
+)
+def test_bad_calibration_configuration(create: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create()

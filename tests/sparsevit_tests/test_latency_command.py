@@ -18,7 +18,7 @@ from sparsevit.latency.__main__ import main
 from sparsevit.latency.predictor import LatencySetting
 
 TERMS = (0.0, -1.0, -1.5, -2.0, -2.25, -3.0, -4.0, -4.0, -5.0)
-SETTING = LatencySetting("another device", 1, "2.11", "fp32", 2, (64, 96), "swin_nano")
+SETTING = LatencySetting("another device", 1, "2.11", "eager", "fp32", 2, (64, 96), "swin_nano", "backbone")
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "latency.json"
     scales = (1.0, 0.5, 0.25, 0.25, 0.5, 1.0)
     terms = tuple(tuple(scale * term for term in TERMS) for scale in scales)
-    LatencyPredictor(SparsitySpace((2, 2, 6, 2)), 40.0, terms, SETTING, {"rmspe": 0.012}).save(path)
+    LatencyPredictor(
+        SparsitySpace((2, 2, 6, 2)), 40.0, terms, SETTING, error_bar=0.03, scores={"rmspe": 0.012}
+    ).save(path)
     return path
 
 
@@ -40,7 +42,7 @@ def threads() -> Iterator[None]:
 
 def test_calibrate_then_validate_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latency.json"
-    measure = ["--num-vectors", "60", "--num-held-out", "6", "--num-rounds", "3"]
+    measure = ["--num-vectors", "60", "--num-held-out", "6", "--max-rounds", "3"]
     measure += ["--image-size", "128", "160", "--batch-size", "2", "--threads", "1", "--dtype", "bf16"]
     assert main(["calibrate", "swin_nano", str(path), *measure]) == 0
     printed = capsys.readouterr()
@@ -53,7 +55,7 @@ def test_calibrate_then_validate_and_show(tmp_path: Path, capsys: pytest.Capture
     assert predictor.provenance["cores"] >= 1
     assert predictor.provenance["processor"]
     assert predictor.predict(predictor.space.sparsest) < predictor.predict(predictor.space.dense)
-    assert main(["validate", str(path), "--num-vectors", "4", "--num-rounds", "1"]) == 0
+    assert main(["validate", str(path), "--num-vectors", "4", "--min-rounds", "1", "--max-rounds", "1"]) == 0
     printed = capsys.readouterr()
     assert "spearman" in printed.out
     assert "the table is about" not in printed.err  # the same machine and threads
@@ -64,7 +66,7 @@ def test_calibrate_then_validate_and_show(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_validate_says_what_differs(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", str(table), "--num-vectors", "2", "--num-rounds", "1"]) == 0
+    assert main(["validate", str(table), "--num-vectors", "2", "--min-rounds", "1", "--max-rounds", "1"]) == 0
     warnings = capsys.readouterr().err
     assert "the table is about device=another device, this is device=" in warnings
     assert "the table is about torch_version=2.11, this is" in warnings
@@ -74,7 +76,7 @@ def test_validate_says_what_differs(table: Path, capsys: pytest.CaptureFixture[s
 def test_predict_one_and_all(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(table), "0.1", "0", "0", "0.2", "0.8", "0.3"]) == 0
     expected = 40 - 1.0 - 0.25 * 1.5 - 0.5 * 5.0 - 2.0
-    assert capsys.readouterr().out == f"{expected:.4g} ms\n"
+    assert capsys.readouterr().out == f"{expected:.4g} ms ± {0.03 * expected:.2g} ms\n"
     assert main(["predict", str(table), "--all"]) == 0
     header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
     predictor = LatencyPredictor.load(table)
@@ -118,7 +120,7 @@ def test_a_closed_pipe_is_no_error(table: Path) -> None:
         (["calibrate", "swin_nano", "t.json", "--device", "gpu"], "the device 'gpu' cannot be used: "),
         (
             ["calibrate", "swin_nano", "t.json", "--batch-size", "0"],
-            "batch, image size and rounds start at 1",
+            "batch and image size start at 1, got 0",
         ),
         (["calibrate", "swin_nano", "t.json", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["calibrate", "swin_nano", "t.json", "--choices", "0.5", "0.1"], "choices must be increasing"),

@@ -1,0 +1,263 @@
+"""Measuring: warm, interleaved, repeated until sure; energy and memory beside it; what cannot be measured."""
+
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsevit import SparsityVector, create_backbone
+from sparsevit.latency import machine, memory, timing
+from sparsevit.latency.calibration import measure
+from sparsevit.latency.energy import EnergyMeter
+from sparsevit.latency.memory import peak_mib, require_memory
+from sparsevit.latency.subject import backbone_subject, check_runtime, model_name, model_subject, num_samples
+from sparsevit.latency.timing import Timing, TimingLimits, Timings, time_interleaved, time_once_ms, warm_up
+from tests.sparsevit_tests.test_checkpoints import small_task
+
+CPU = torch.device("cpu")
+VECTOR = SparsityVector((0.5, 0.3, 0.2, 0.4, 0.6, 0.0))
+
+
+class Clock:
+    """Calls that take as long as they are told, on a clock of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def call(self, *seconds: float) -> Callable[[], None]:
+        each = itertools.cycle(seconds)
+
+        def take() -> None:
+            self.now += next(each)
+
+        return take
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def interleaved(calls: list[Callable[[], None]], reference: Callable[[], None], **limits: float) -> Timings:
+    return time_interleaved(
+        calls, reference, device=CPU, limits=TimingLimits(**limits),  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+
+
+def test_a_call_that_repeats_is_timed_no_more_than_it_must(clock: Clock) -> None:
+    steady, noisy = clock.call(0.010), clock.call(0.020, 0.030, 0.024, 0.026, 0.021)
+    found = interleaved([steady, steady, steady, steady, noisy], clock.call(0.040), max_rounds=12)
+    counts = [len(each.times_ms) for each in found.calls]
+    assert counts[0] < counts[-1] == 12
+    assert found.calls[0].median_ms == pytest.approx(10)
+    assert found.calls[-1].half_width > 0.02
+    assert found.calls[0].half_width <= 0.02
+
+
+def test_the_time_limit_ends_a_run_after_a_whole_round(clock: Clock) -> None:
+    noisy = clock.call(0.5, 1.0, 0.7)
+    found = interleaved([noisy, clock.call(1.0, 0.4)], clock.call(1.0), max_rounds=50, max_seconds=20.0)
+    counts = {len(each.times_ms) for each in found.calls}
+    assert len(counts) == 1
+    assert 3 <= counts.pop() < 50
+
+
+def test_drift_is_divided_out_and_told(clock: Clock) -> None:
+    """A machine that becomes half as fast: ratios stay, and somebody says so."""
+    slow = itertools.count(1)
+
+    def drifting(seconds: float) -> Callable[[], None]:
+        def take() -> None:
+            clock.now += seconds * (1 + next(slow) / 60)
+
+        return take
+
+    found = interleaved([drifting(0.01), drifting(0.02)], drifting(0.04), min_rounds=12)
+    ratio = found.calls[1].median_ms / found.calls[0].median_ms
+    assert ratio == pytest.approx(2, rel=0.1)
+    assert found.drift > 0.3
+    (warning,) = found.warnings
+    assert "slower while it was measured: it is throttled, or busy" in warning
+
+
+def test_outliers_are_counted_and_do_not_move_the_median() -> None:
+    times = (10.0, 10.1, 9.9, 10.05, 9.95, 30.0)
+    found = Timing(times, timing._relative_mad(times))
+    assert found.num_outliers == 1
+    assert found.median_ms == pytest.approx(10, rel=0.01)
+    assert found.spread < 0.03
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    times = (100 + 4 * torch.randn(500, 6, generator=generator)).tolist()
+    found = timing._timings([[timing._Sample(each, 0, None) for each in row] for row in times], [1.0])
+    inside = sum(abs(each.median_ms - 100) <= each.half_width * each.median_ms for each in found)
+    assert 0.92 <= inside / 500 <= 0.98
+
+
+def test_warm_up_ends_when_the_call_is_stable(clock: Clock) -> None:
+    falling = iter([0.1 * 0.8**k for k in range(9)] + [0.01] * 50)
+
+    def call() -> None:
+        clock.now += next(falling)
+
+    times = warm_up(call, CPU)
+    assert 9 < len(times) < timing.MAX_WARM_UP
+    assert statistics.mean(times[-3:]) == pytest.approx(10)
+
+
+def rapl(folder: Path, *packages: int) -> Path:
+    for number, value in enumerate(packages):
+        zone = folder / f"intel-rapl:{number}"
+        zone.mkdir(exist_ok=True)
+        (zone / "energy_uj").write_text(str(value))
+        (zone / "max_energy_range_uj").write_text("999999")
+        core = folder / f"intel-rapl:{number}:0"
+        core.mkdir(exist_ok=True)
+        (core / "energy_uj").write_text("1")
+    return folder
+
+
+def test_energy_of_all_packages_without_their_parts(tmp_path: Path) -> None:
+    meter = EnergyMeter(CPU, rapl(tmp_path, 2000, 5000))
+    assert meter.read_mj() == pytest.approx(7)
+    rapl(tmp_path, 4000, 100)  # the second wrapped around
+    assert meter.read_mj() == pytest.approx(4 + 1000.1, abs=1e-3)
+
+
+def test_no_energy_where_nobody_tells(tmp_path: Path) -> None:
+    assert EnergyMeter(CPU, tmp_path).read_mj() is None
+    (tmp_path / "intel-rapl:0").mkdir()  # a counter that cannot be read
+    assert EnergyMeter(CPU, tmp_path).read_mj() is None
+
+
+def test_energy_is_that_of_a_call(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "EnergyMeter", lambda device: EnergyMeter(device, rapl(tmp_path, 0)))
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+
+    def call() -> None:
+        clock.now += 0.01
+        counter.write_text(str(int(counter.read_text()) + 3000))
+
+    found = interleaved([call], clock.call(0.01))
+    assert found.calls[0].energy_mj == pytest.approx(3)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the memory of a call"
+)
+def test_memory_of_a_call() -> None:
+    found = peak_mib(lambda: torch.ones(64 * 2**20), CPU)
+    assert found == pytest.approx(256, rel=0.1)
+
+
+def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "peak_mib", lambda call, device: 100.0)
+    monkeypatch.setattr(memory, "_free_mib", lambda device: 750.0)
+    require_memory(lambda: None, CPU, 7)
+    with pytest.raises(ValueError, match=r"a batch of 8 does not fit .* an image takes 100 MiB, .* 7 fit"):
+        require_memory(lambda: None, CPU, 8)
+
+
+def test_not_even_one_image_fits() -> None:
+    def call() -> None:
+        torch.empty(2**50)
+
+    with pytest.raises(ValueError, match="not even one image fits into the memory of cpu"):
+        require_memory(call, CPU, 1)
+
+
+def test_a_device_that_goes_away() -> None:
+    def call() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
+
+    with (
+        pytest.raises(ValueError, match="cuda:0 stopped answering while it was measured: CUDA error: unspec"),
+        machine.naming_lost_device(torch.device("cuda:0")),
+    ):
+        call()
+
+
+@pytest.mark.parametrize("runtime", ["compiled", "onnxruntime"])
+def test_a_backbone_is_measured_compiled_and_exported(runtime: str) -> None:
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    backbone = create_backbone("swin_nano")
+    with (
+        backbone_subject(backbone, batch_size=1, image_size=(64, 64), runtime=runtime) as subject,
+        torch.inference_mode(),
+    ):
+        assert subject.runtime == runtime
+        call = subject.call_of(VECTOR)
+        features = call()
+        assert time_once_ms(call, CPU) > 0
+    assert isinstance(features, list)
+    assert [tuple(each.shape)[-2:] for each in features] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+
+
+def test_a_whole_model_takes_longer_than_its_backbone() -> None:
+    task = small_task()
+    torch.manual_seed(0)
+    model = task.build_model(create_backbone("swin_nano")).train()
+    backbone = task.backbone_of(model)
+    photo = torch.rand(3, 90, 128)
+    limits = TimingLimits.exactly(5)
+    with model_subject(model, backbone, [[photo, photo]], name="small") as subject:
+        assert (subject.measures, subject.batch_size) == ("small", 2)
+        size = subject.image_size
+        whole = measure(subject, [VECTOR], limits)
+    assert model.training
+    with backbone_subject(backbone, batch_size=2, image_size=size) as subject:
+        alone = measure(subject, [VECTOR], limits)
+    assert whole.latencies_ms[0] > 1.2 * alone.latencies_ms[0]
+
+
+def test_a_batch_is_counted_in_images_that_the_backbone_sees() -> None:
+    assert num_samples([torch.zeros(3, 8, 8)], 4) == 4
+    assert num_samples([torch.zeros(6, 3, 8, 8)], 12) == 2
+    with pytest.raises(ValueError, match="a sample has 6: give a multiple of that, got 4"):
+        num_samples([torch.zeros(6, 3, 8, 8)], 4)
+
+
+def test_models_are_told_apart_by_all_that_they_are_built_from() -> None:
+    names = {model_name("detection", {"num_classes": n, "size": 64}) for n in (3, 4)}
+    assert len(names) == 2
+    assert all(name.startswith("detection ") for name in names)
+    assert model_name("detection", {"size": 64, "num_classes": 3}) in names
+
+
+@pytest.mark.parametrize(
+    ("runtime", "dtype", "message"),
+    [
+        ("tensorrt", "fp32", "runtime must be one of eager, compiled, onnxruntime, got 'tensorrt'"),
+        ("eager", "int8", r"dtype must be one of \['bf16', 'fp16', 'fp32'\], got 'int8'"),
+        ("onnxruntime", "bf16", "onnxruntime has no bf16 kernels: take dtype=fp32 or fp16"),
+    ],
+)
+def test_what_cannot_be_measured(runtime: str, dtype: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_runtime(runtime, dtype)
+
+
+def test_a_runtime_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match="runtime=onnxruntime needs `pip install onnxruntime onnxscript`"):
+        check_runtime("onnxruntime", "fp32")
+
+
+def test_a_whole_model_is_not_compiled() -> None:
+    with (
+        pytest.raises(ValueError, match="a whole model is measured in eager mode, got runtime=compiled"),
+        model_subject(nn.Linear(1, 1), create_backbone("swin_nano"), [[]], name="m", runtime="compiled"),
+    ):
+        pass
