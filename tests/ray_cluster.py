@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Nodes that are started and killed as processes of their own."""
+    """Nodes that are started and killed as processes of their own; modules in `folder` are theirs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,6 +35,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(folder),
             "CUDA_VISIBLE_DEVICES": "",
         }
         self.address = f"127.0.0.1:{self.port}"
