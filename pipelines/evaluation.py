@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from search.evaluator import Evaluator
 from sparsevit.allocator import keep_freed_memory
 from sparsevit.backbone import create_backbone
+from sparsevit.latency.machine import set_num_threads
 from sparsevit.precision import autocast
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks import create_task
@@ -61,7 +62,7 @@ class SupernetEvaluatorFactory:
     num_threads: int
 
     def __call__(self) -> Evaluator:
-        torch.set_num_threads(self.num_threads)
+        set_num_threads(self.num_threads)
         keep_freed_memory()
         device = torch.device(self.device)
         task = create_task(self.task, self.task_config)

@@ -15,6 +15,7 @@ from search.lane import run_in_lane
 from sparsevit.backbone import SparseSwin
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.calibration import CalibrationConfig, Measured, calibrate, measure
+from sparsevit.latency.machine import set_num_threads
 from sparsevit.latency.subject import (
     Subject,
     backbone_subject,
@@ -52,7 +53,7 @@ class SubjectFactory:
             ValueError: if the real image reaches the backbone in another size than the configuration says.
         """
         num_threads = torch.get_num_threads()
-        torch.set_num_threads(self.num_threads)
+        set_num_threads(self.num_threads)
         device = torch.device(self.device)
         try:
             if self.model is None:
@@ -74,7 +75,7 @@ class SubjectFactory:
                     )
                 yield subject
         finally:
-            torch.set_num_threads(num_threads)
+            set_num_threads(num_threads)
 
 
 def subject_factory(run: Run, stage: str | None) -> SubjectFactory:

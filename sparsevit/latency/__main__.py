@@ -32,7 +32,7 @@ from sparsevit.latency.calibration import (
     describe_setting,
     validate,
 )
-from sparsevit.latency.machine import busy_warning
+from sparsevit.latency.machine import busy_warning, set_num_threads
 from sparsevit.latency.predictor import LatencyPredictor, LatencySetting
 from sparsevit.latency.subject import (
     BACKBONE,
@@ -204,7 +204,7 @@ def _prepare(name: str, num_threads: int | None) -> torch.device:
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"--threads must be at least 1, got {num_threads}")
     if num_threads is not None and device.type == "cpu":
-        torch.set_num_threads(num_threads)
+        set_num_threads(num_threads)
     warning = busy_warning()
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
