@@ -1,11 +1,11 @@
 """Compare searches: ``python pipelines/compare.py RUN RUN …``, a run being a folder or a study's journal.
 
 Prints which search has the most accurate vector at which latency, and writes a page with the
-hypervolume curves and all fronts in one plot.
+hypervolume curves and all fronts in one plot. Latencies are those of the table that a search ended with.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +14,11 @@ from omegaconf import OmegaConf
 from plotly.subplots import make_subplots
 
 from pipelines.artifacts import write_text
+from pipelines.stages.calibrate import PREDICTOR_FILE
 from search.history import SearchHistory, common_reference
 from search.pareto import FrontMember
+from search.space import Vector
+from sparsevit.latency import LatencyPredictor
 
 NUM_LEVELS = 8
 JOURNAL = "study.journal"
@@ -54,7 +57,7 @@ def read_runs(paths: Sequence[Path]) -> list[SearchHistory]:
     for path in paths:
         journal = find_journal(path)
         name = name_of(path, len(histories) + 1)
-        history = SearchHistory.read(journal, name)
+        history = SearchHistory.read(journal, name, latency_of(path, journal))
         if len(history.objectives) < 2:
             raise ValueError(f"{journal} has one objective alone: there is no front to compare")
         histories.append(history)
@@ -76,6 +79,19 @@ def find_journal(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise ValueError(f"{path} holds no search: name a folder below outputs/…/runs, or a study's journal")
+
+
+def latency_of(path: Path, journal: Path) -> Callable[[Vector], Mapping[str, float]]:
+    """Latency by the table that a run or search stage ended with; nothing where there is none.
+
+    Raises:
+        ValueError: for a table that cannot be read.
+    """
+    for folder in (path, path / "search", journal.parent):
+        if (folder / PREDICTOR_FILE).is_file():
+            predictor = LatencyPredictor.load(folder / PREDICTOR_FILE)
+            return lambda vector: {"latency_ms": predictor.predict(predictor.space.canonicalize(vector))}
+    return lambda vector: {}
 
 
 def name_of(path: Path, number: int) -> str:

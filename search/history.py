@@ -1,6 +1,6 @@
 """A search that is over (or still going), read from its journal alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from search.pareto import FrontMember, ParetoFront
 from search.problem import NOTES, Objective
+from search.space import Vector
 from search.study import counted_trials, read_study
 
 
@@ -21,8 +22,14 @@ class SearchHistory:
     trials: tuple[FrontMember | None, ...]
 
     @classmethod
-    def read(cls, journal: Path, name: str) -> "SearchHistory":
+    def read(
+        cls, journal: Path, name: str, by_now: Callable[[Vector], Mapping[str, float]] = lambda vector: {}
+    ) -> "SearchHistory":
         """Read a study.
+
+        Args:
+            by_now: what is known better of a vector than when it was told, by name. What was feasible
+                then counts as feasible.
 
         Raises:
             ValueError: if there is none.
@@ -38,7 +45,8 @@ class SearchHistory:
             is_feasible = all(violation <= 0 for violation in trial.constraints.values())
             if trial.state == TrialState.COMPLETE and is_feasible:
                 values = {key: value for key, value in trial.user_attrs.items() if key not in NOTES}
-                trials.append(FrontMember(tuple(trial.params.values()), values))
+                vector = tuple(trial.params.values())
+                trials.append(FrontMember(vector, {**values, **by_now(vector)}))
             else:
                 trials.append(None)
         return cls(name, objectives, tuple(trials))

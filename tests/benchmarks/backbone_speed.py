@@ -9,7 +9,7 @@ forward pass in the same mode, "MACs" the same ratio of multiply-accumulates, "o
 the rate of a large square matrix product in the same dtype, measured beside. "peak MiB" is what an
 eager forward pass needs on top of the loaded network: on a CPU the growth of the resident set in a
 fresh process. "compiled" is torch.compile, on a CPU with inductor's `freezing`. onnxruntime takes
-fp32 alone, on a CPU.
+fp32 alone, on a CPU. Freed memory is kept (`sparsevit.allocator`), for the peers too.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import transformers
 from torch import Tensor, nn
 
 from sparsevit import BACKBONES, SparseSwin, SparsityVector, create_backbone, export_backbone_weights
+from sparsevit.allocator import keep_freed_memory
 from sparsevit.latency.machine import device_name
 from sparsevit.latency.macs import count_macs
 from sparsevit.latency.memory import peak_mib
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    keep_freed_memory()
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
     libraries = {
         "torchvision": torchvision, "timm": timm, "transformers": transformers, "onnxruntime": onnxruntime,

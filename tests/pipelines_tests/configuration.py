@@ -19,6 +19,8 @@ def composed(*overrides: str, experiment: str = "coco") -> schema.ConfigSchema:
     return cast(schema.ConfigSchema, config)
 
 
+# An untrained model has no accuracy to trade for latency; work has.
+MACS_FOR_LATENCY = "search.objectives=[{name:macs_g,direction:maximize},{name:latency_ms,direction:minimize}]"
 SMALL_MODELS = {
     "coco": [
         "data.generated.num_images={train:12,search:6,report:6}",

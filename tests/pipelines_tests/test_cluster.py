@@ -16,7 +16,7 @@ from pipelines import build
 from pipelines.compare import find_journal
 from search.problem import WORKER
 from search.study import counted_trials, read_study
-from tests.pipelines_tests.configuration import composed, tiny_run
+from tests.pipelines_tests.configuration import MACS_FOR_LATENCY, command, composed, tiny_run
 from tests.ray_cluster import BIN, ROOT, Cluster, two_nodes, wait_until
 
 NUM_EVALUATIONS = 60
@@ -190,6 +190,33 @@ def test_what_is_measured_has_a_node_to_itself(cluster: Cluster) -> None:
     )  # fmt: skip
     assert "in the lane: True" in in_lane.stdout, in_lane.stderr[-2000:]
     assert "no node offers cluster.latency_lane=gpu-lane: start one on the device" in nowhere.stderr
+
+
+def test_a_search_measures_its_front_in_the_lane(cluster: Cluster, tmp_path: Path) -> None:
+    """Calibration and front are measured by the node that is kept for it; it takes no trials."""
+    cluster.add_node("--num-cpus=0", '--resources={"latency": 1}')
+    wait_until(lambda: cluster.num_nodes() == 3, 90, "the lane")
+    overrides = ["cluster=ray", f"cluster.address={cluster.address}", "cluster.num_workers=null"]
+    overrides += ["cluster.latency_lane=latency", "until=search", "tracking=none", MACS_FOR_LATENCY]
+    overrides += ["search.num_evaluations=8", "search.measure_every=4"]
+    result = subprocess.run(
+        command(tmp_path, *overrides), env=cluster.environment, cwd=tmp_path,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    members = json.loads(next(tmp_path.glob("out/coco/stages/search-*/front.json")).read_text())["members"]
+    assert members
+    assert all(member["measured_ms"] > 0 for member in members)
+    tasks = cluster.run(
+        "list", "tasks", "--filter", "name=_call", "--format", "json",
+        "--address", f"http://127.0.0.1:{cluster.dashboard}",
+    )  # fmt: skip
+    measuring = [task["node_id"] for task in json.loads(tasks.stdout)]
+    assert len(measuring) >= 2  # calibration, and the front at least once
+    (lane,) = {*measuring}
+    (journal,) = tmp_path.glob("out/coco/stages/search-*/study.journal")
+    workers = [trial.user_attrs[WORKER] for trial in counted_trials(read_study(journal))]
+    assert not any(lane.startswith(worker.partition("/")[0]) for worker in workers)
 
 
 def test_the_manifest_in_the_docs_is_whole() -> None:

@@ -7,8 +7,11 @@ import subprocess
 import time
 from pathlib import Path
 
+from pipelines.stages.search import STUDY_FILE
 from pipelines.workflow import STAGES
-from tests.pipelines_tests.configuration import command
+from search.study import counted_trials, read_study
+from tests.pipelines_tests.configuration import MACS_FOR_LATENCY, command
+from tests.ray_cluster import wait_until
 
 
 def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) -> None:
@@ -39,3 +42,31 @@ def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) ->
     search = json.loads(next((tmp_path / "out").glob("coco/stages/search-*/result.json")).read_text())
     assert search["metrics"]["num_evaluations"] == 6
     assert "Pareto front" in result.stdout
+
+
+def test_killed_while_the_front_is_measured_the_search_goes_on(tmp_path: Path) -> None:
+    """kill -9 in a pause for measuring: no trial is lost or done twice, and no member stays unmeasured."""
+    overrides = ["until=search", "tracking=none", "search.num_evaluations=12", "search.measure_every=6"]
+    overrides += [MACS_FOR_LATENCY, "latency.min_rounds=40", "latency.max_rounds=40"]
+    search, log = command(tmp_path, *overrides), tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(search, cwd=tmp_path, stdout=output, stderr=output)
+
+        def is_measuring() -> bool:
+            assert process.poll() is None, log.read_text()[-3000:]
+            return "search: measure" in log.read_text()
+
+        wait_until(is_measuring, 240, "measuring", every=0.01)
+        process.kill()
+        process.wait()
+    (folder,) = (tmp_path / "out" / "coco" / "stages").glob("search-*")
+    before = counted_trials(read_study(folder / STUDY_FILE))
+    assert len(before) == 6
+    result = subprocess.run(search, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    after = counted_trials(read_study(folder / STUDY_FILE))
+    assert len(after) == 12
+    assert [trial.values for trial in after[:6]] == [trial.values for trial in before]
+    members = json.loads((folder / "front.json").read_text())["members"]
+    assert members
+    assert all(member["measured_ms"] > 0 for member in members)
