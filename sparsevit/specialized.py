@@ -25,6 +25,7 @@ class SpecializedSwin(nn.Module):
 
     def __init__(self, backbone: SparseSwin, sparsity: SparsityVector, image_size: tuple[int, int]) -> None:
         super().__init__()
+        self.training = backbone.training
         self.backbone = backbone
         self.sparsity = sparsity
         self.image_size = image_size

@@ -222,7 +222,7 @@ def _differences(known: LatencySetting, here: LatencySetting) -> list[str]:
 
 def _print_scores(scores: Mapping[str, float]) -> None:
     for name, value in scores.items():
-        print(f"{name:>24}  {value:.4g}")
+        print(f"{name:>34}  {value:.4g}")
 
 
 def _counter(what: str) -> Callable[[int, int], None]:

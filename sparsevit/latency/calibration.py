@@ -159,8 +159,10 @@ def validate(
         config: with a seed that the calibration did not have.
 
     Returns:
-        As `score_predictions`, the share within the table's own error bar, and ``repeat_noise``: the
-        relative standard error of a measured latency.
+        As `score_predictions`; the same of latencies relative to the dense one (`…_relative_to_dense`),
+        which hold where the device as a whole is faster or slower than it was; the dense latency, measured
+        and predicted; the share within the table's own error bar; and ``repeat_noise``: the relative
+        standard error of a measured latency.
     """
     generator = seeded(config.seed)
     vectors = [predictor.space.draw(generator) for _ in range(config.num_held_out)]
@@ -169,10 +171,24 @@ def validate(
         logger.warning("warning: %s", warning)
     predicted = [predictor.predict(vector) for vector in vectors]
     scores = score_predictions(predicted, measured.latencies_ms)
+    predicted_dense_ms = predictor.predict(predictor.space.dense)
+    speed = predicted_dense_ms / measured.dense_ms
+    relative = score_predictions([each / speed for each in predicted], measured.latencies_ms)
+    if abs(1 / speed - 1) > predictor.error_bar:
+        logger.warning(
+            "warning: the dense forward pass takes %.4g ms, %.0f%% %s than the table says: the device is %s "
+            "than when it was calibrated. Relative to dense, predictions are off by %.1f%% (RMSPE)",
+            measured.dense_ms, 100 * abs(1 / speed - 1), "less" if speed > 1 else "more",
+            "faster" if speed > 1 else "slower", 100 * relative["rmspe"],
+        )  # fmt: skip
     inside = [
         abs(p / m - 1) <= predictor.error_bar for p, m in zip(predicted, measured.latencies_ms, strict=True)
     ]
     return scores | {
+        "rmspe_relative_to_dense": relative["rmspe"],
+        "within_5_percent_relative_to_dense": relative["within_5_percent"],
+        "dense_ms": measured.dense_ms,
+        "predicted_dense_ms": predicted_dense_ms,
         "within_error_bar": sum(inside) / len(inside),
         "repeat_noise": measured.noise,
         "drift": measured.drift,

@@ -68,8 +68,10 @@ def test_runs_in_onnxruntime(
     assert_close([torch.from_numpy(np.asarray(feature)) for feature in found], expected)
 
 
-def test_parameters_are_shared(backbone: SparseSwin) -> None:
+def test_parameters_and_mode_are_those_of_the_backbone(backbone: SparseSwin) -> None:
     special = backbone.specialize(VECTORS[1], SIZE)
+    assert not special.training
+    assert SparseSwin(backbone.config).train().specialize(VECTORS[1], SIZE).training
     assert {id(p) for p in special.parameters()} == {id(p) for p in backbone.parameters()}
     assert all(name.startswith("backbone.") for name in special.state_dict())
 
