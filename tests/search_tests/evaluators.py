@@ -66,11 +66,12 @@ class Logged:
     """Takes a moment; every worker leaves a file that says which GPUs it was given.
 
     The file `begun` has a line for every evaluation that began, in order; those of `worked-<process>`
-    say from when to when.
+    say from when to when. An evaluation waits until `num_workers` have started, for two minutes at most.
     """
 
     folder: Path
     seconds: float = 0.1
+    num_workers: int = 1
 
     def __call__(self) -> Evaluator:
         (self.folder / f"worker-{os.getpid()}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
@@ -78,6 +79,8 @@ class Logged:
         def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
             note_begun(self.folder, vector)
             begin = time.time()
+            while len(list(self.folder.glob("worker-*"))) < self.num_workers and time.time() < begin + 120:
+                time.sleep(0.01)
             time.sleep(self.seconds)
             with (self.folder / f"worked-{os.getpid()}").open("a") as log:
                 log.write(f"{begin} {time.time()}\n")

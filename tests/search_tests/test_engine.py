@@ -131,7 +131,8 @@ def test_workers_keep_their_model_and_share_a_gpu(tmp_path: Path) -> None:
     """Ray believes in the GPU that it is told of; the workers only look which one they were given."""
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        search(tmp_path, 15, Logged(tmp_path, seconds=0.05), num_workers=2, gpus_per_worker=0.5)
+        evaluator = Logged(tmp_path, seconds=0.05, num_workers=2)
+        search(tmp_path, 15, evaluator, num_workers=2, gpus_per_worker=0.5)
     finally:
         ray.shutdown()
     given = [path.read_text() for path in tmp_path.glob("worker-*")]
