@@ -66,7 +66,8 @@ class Logged:
     """Takes a moment; every worker leaves a file that says which GPUs it was given.
 
     The file `begun` has a line for every evaluation that began, in order; those of `worked-<process>`
-    say from when to when. An evaluation waits until `num_workers` have started, for two minutes at most.
+    say from when to when. Evaluations wait for `num_workers` to start, until two
+    minutes after their own worker did.
     """
 
     folder: Path
@@ -75,11 +76,12 @@ class Logged:
 
     def __call__(self) -> Evaluator:
         (self.folder / f"worker-{os.getpid()}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        deadline = time.time() + 120
 
         def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
             note_begun(self.folder, vector)
             begin = time.time()
-            while len(list(self.folder.glob("worker-*"))) < self.num_workers and time.time() < begin + 120:
+            while len(list(self.folder.glob("worker-*"))) < self.num_workers and time.time() < deadline:
                 time.sleep(0.01)
             time.sleep(self.seconds)
             with (self.folder / f"worked-{os.getpid()}").open("a") as log:

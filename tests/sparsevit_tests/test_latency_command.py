@@ -88,8 +88,7 @@ def test_validate_tells_a_slower_device_from_a_wrong_table(
     assert main(["validate", str(slower), "--num-vectors", "4", "--max-rounds", "3"]) == 0
     printed = capsys.readouterr().out
     scores = {name: float(value) for name, value in map(str.split, printed.splitlines())}
-    assert scores["rmspe"] > 1.0
-    assert scores["rmspe_relative_to_dense"] < scores["rmspe"] / 2
+    assert scores["rmspe_relative_to_dense"] < 1.0 < scores["rmspe"]
     assert scores["predicted_dense_ms"] == pytest.approx(10 * table.base_ms, rel=1e-3)
     assert scores["dense_ms"] < 0.7 * scores["predicted_dense_ms"]
     assert "less than the table says: the device is faster than when it was calibrated" in caplog.text
