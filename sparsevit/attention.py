@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit.linear import is_fused, linear
+from sparsevit.wide import rearrange
 from sparsevit.windows import WindowGrid
 
 MASKED_LOGIT = -100.0
@@ -42,13 +43,20 @@ class WindowAttention(nn.Module):
         """Attend inside windows: [P, N, C] and a bias that broadcasts to [P, heads, N, N]."""
         return linear(self.attend(linear(x_PNC, self.qkv), logit_bias), self.proj)
 
-    def attend(self, qkv_PNC: Tensor, logit_bias: Tensor) -> Tensor:
-        """Attention between the projections: queries, keys and values, [P, N, 3 · C], to [P, N, C]."""
+    def attend(self, qkv_PNC: Tensor, logit_bias: Tensor, mask_type_P: Tensor | None = None) -> Tensor:
+        """Attention between the projections: queries, keys and values, [P, N, 3 · C], to [P, N, C].
+
+        Args:
+            logit_bias: broadcasts to [P, heads, N, N]; [T, heads, N, N] with `mask_type_P`.
+            mask_type_P: which of the T biases holds for a window.
+        """
         num_windows, num_positions, _ = qkv_PNC.shape
         qkv = qkv_PNC.view(num_windows, num_positions, 3, self.num_heads, -1)
         logit_bias = logit_bias.to(qkv.dtype)
         if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
-            return _attend_in_bfloat16(qkv, logit_bias)
+            return _attend_in_bfloat16(qkv, logit_bias, mask_type_P)
+        if mask_type_P is not None:
+            logit_bias = logit_bias.index_select(0, mask_type_P)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         # Compilers for CPUs join the parts of a softmax, and ONNX loses the fused kernel's layout.
         if torch.compiler.is_compiling() and (qkv.device.type == "cpu" or torch.compiler.is_exporting()):
@@ -59,7 +67,7 @@ class WindowAttention(nn.Module):
         return attended.transpose(1, 2).reshape(num_windows, num_positions, -1)
 
 
-def _attend_in_bfloat16(qkv_PN3HD: Tensor, logit_bias: Tensor) -> Tensor:
+def _attend_in_bfloat16(qkv_PN3HD: Tensor, logit_bias: Tensor, mask_type_P: Tensor | None) -> Tensor:
     """Attention as two batched products, which take less time than PyTorch's fused CPU kernel.
 
     The softmax is divided by its sum last, on the smaller side, and leaves out subtracting the
@@ -67,18 +75,24 @@ def _attend_in_bfloat16(qkv_PN3HD: Tensor, logit_bias: Tensor) -> Tensor:
     network produces. The sums tell when they do not; then it is an ordinary softmax.
     """
     num_windows, num_positions, _, num_heads, width = qkv_PN3HD.shape
-    query, key, value = qkv_PN3HD.permute(2, 0, 3, 1, 4).reshape(3, -1, num_positions, width)
-    bias = logit_bias.expand(num_windows, -1, -1, -1).reshape(-1, num_positions, num_positions)
+    batch = num_windows * num_heads
+    qkv_3PHND = rearrange(qkv_PN3HD, (2, 0, 3, 1, 4))
+    query, key, value = qkv_3PHND.view(3, batch, num_positions, width)
 
     def logits() -> Tensor:
-        return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=width**-0.5)
+        if mask_type_P is None:
+            bias = logit_bias.expand(num_windows, -1, -1, -1).clone(memory_format=torch.contiguous_format)
+        else:
+            bias = logit_bias.index_select(0, mask_type_P)
+        bias = bias.view(batch, num_positions, num_positions)
+        return bias.baddbmm_(query, key.transpose(1, 2), alpha=width**-0.5)
 
     exponentials = logits().exp_()
     sums = exponentials.sum(dim=-1, keepdim=True)
     smallest, largest = torch.aminmax(sums)
-    if smallest > MIN_SUM and largest < 1 / MIN_SUM:
+    if smallest.item() > MIN_SUM and largest.item() < 1 / MIN_SUM:
         attended = torch.bmm(exponentials, value).div_(sums)
     else:
         attended = torch.bmm(torch.softmax(logits(), dim=-1), value)
-    attended = attended.view(num_windows, num_heads, num_positions, width)
-    return attended.transpose(1, 2).reshape(num_windows, num_positions, -1)
+    attended_PHND = attended.view(num_windows, num_heads, num_positions, width)
+    return rearrange(attended_PHND, (0, 2, 1, 3)).view(num_windows, num_positions, -1)

@@ -20,7 +20,7 @@ from sparsevit.linear import linear
 from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
-from sparsevit.windows import StagePlan, plan_stage
+from sparsevit.windows import BlockPlan, StagePlan, WindowGrid, plan_stage
 
 if TYPE_CHECKING:
     from sparsevit.specialized import SpecializedSwin
@@ -122,19 +122,22 @@ class SparseStage(nn.Module):
             x_RC = torch.cat((x_RC, x_RC.new_zeros(1, channels)))  # the sink row of the padding
         num_rows = num_images * height * width
         scores_BL: Tensor | None = None
-        rankings: dict[int, Tensor] = {}
+        rankings: dict[WindowGrid, Tensor] = {}
+        kept: dict[BlockPlan, KeptWindows] = {}
         for block, step in zip(self.blocks, plan, strict=True):
-            grid, kept_BK = step.grid, None
-            if step.num_kept is not None:
-                if scores_BL is None:
-                    tokens_BLC = x_RC[:num_rows].view(num_images, -1, channels)
-                    scores_BL = score_tokens(tokens_BLC, self.score)
-                if id(grid) not in rankings:
-                    rankings[id(grid)] = rank_windows(scores_BL, grid)
-                kept_BK = select_windows(rankings[id(grid)], step.num_kept)
-            windows = KeptWindows.gather(grid, kept_BK, num_images)
+            if step.num_kept is not None and scores_BL is None:
+                tokens_BLC = x_RC[:num_rows].view(num_images, -1, channels)
+                scores_BL = score_tokens(tokens_BLC, self.score)
+            if step not in kept:
+                kept_BK = None
+                if step.num_kept is not None and scores_BL is not None:
+                    if step.grid not in rankings:
+                        rankings[step.grid] = rank_windows(scores_BL, step.grid)
+                    kept_BK = select_windows(rankings[step.grid], step.num_kept)
+                kept[step] = KeptWindows.gather(step.grid, kept_BK, num_images)
+            windows = kept[step]
             x_RC = block(x_RC, windows)
-            if kept_BK is not None and self.pruned == "zero":
+            if step.num_kept is not None and self.pruned == "zero":
                 is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_PN.flatten(), 1.0)
                 x_RC = x_RC * is_kept_R1
         return x_RC[:num_rows].view(num_images, height, width, channels)

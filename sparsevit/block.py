@@ -5,9 +5,9 @@ is padded); C channels; M windows of an image; K kept windows; N tokens per wind
 that are computed.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsevit.attention import WindowAttention
 from sparsevit.linear import is_fused, linear, linear_add, linear_gelu
+from sparsevit.parts import is_cpu_inference
+from sparsevit.wide import scatter_rows_
 from sparsevit.windows import WindowGrid
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 6 * 2**20
 """Size of the widest intermediate (the hidden layer) of the windows that go through a block together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeptWindows:
     """The windows that a block computes, as rows of the residual stream.
 
@@ -41,11 +43,17 @@ class KeptWindows:
     positions_S: Tensor | None
     num_images: int
     grid: WindowGrid
+    _chunks: dict[int, list["WindowChunk"]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
         """Turn window numbers into rows; all windows of `num_images` images if `kept_BK` is None."""
+        if kept_BK is None and is_cpu_inference(grid.tokens_MN.device):
+            return _all_windows(grid, num_images)
+        return cls._gather(grid, kept_BK, num_images)
 
+    @classmethod
+    def _gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
         def per_window(values_M: Tensor) -> Tensor:
             if kept_BK is not None:
                 return values_M[kept_BK.flatten()]
@@ -73,20 +81,31 @@ class KeptWindows:
 
     def whole(self) -> "WindowChunk":
         """All of them at once, in shapes that do not depend on the images."""
-        return WindowChunk(self.rows_PN, self.is_padding_PN, self.mask_type_P, self.positions_S)
+        return WindowChunk.of(self.rows_PN, self.is_padding_PN, self.mask_type_P, self.positions_S)
 
-    def chunks(self, max_windows: int) -> Iterator["WindowChunk"]:
+    def chunks(self, max_windows: int) -> list["WindowChunk"]:
         """At most `max_windows` at a time, evenly, without the padding."""
-        num_windows = len(self.rows_PN)
-        num_chunks = -(-num_windows // max_windows)
-        bounds = [num_windows * index // num_chunks for index in range(num_chunks + 1)]
-        for part in map(slice, bounds[:-1], bounds[1:]):
-            is_padding_PN = None if self.is_padding_PN is None else self.is_padding_PN[part]
-            positions_S = None
-            if is_padding_PN is not None:
-                positions_S = is_padding_PN.flatten().logical_not().nonzero().flatten()
-            mask_type_P = None if self.mask_type_P is None else self.mask_type_P[part]
-            yield WindowChunk(self.rows_PN[part], is_padding_PN, mask_type_P, positions_S)
+        if max_windows not in self._chunks:
+            num_windows = len(self.rows_PN)
+            num_chunks = -(-num_windows // max_windows)
+            bounds = [num_windows * index // num_chunks for index in range(num_chunks + 1)]
+            self._chunks[max_windows] = list(map(self._chunk, map(slice, bounds[:-1], bounds[1:])))
+        return self._chunks[max_windows]
+
+    def _chunk(self, part: slice) -> "WindowChunk":
+        is_padding_PN = positions_S = None
+        if self.is_padding_PN is not None:
+            is_padding_PN = self.is_padding_PN[part]
+            positions_S = is_padding_PN.flatten().logical_not().nonzero().flatten()
+        mask_type_P = None if self.mask_type_P is None else self.mask_type_P[part]
+        return WindowChunk.of(self.rows_PN[part], is_padding_PN, mask_type_P, positions_S)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached table must serve training too
+def _all_windows(grid: WindowGrid, num_images: int) -> KeptWindows:
+    """All windows of an input size: the same tables for every image."""
+    return KeptWindows._gather(grid, None, num_images)
 
 
 @dataclass(frozen=True)
@@ -95,24 +114,36 @@ class WindowChunk:
 
     Only the products of queries, keys and values need whole windows: all else works on S tokens,
     which leave the padding out where `positions_S` names the others.
+
+    Attributes:
+        rows_S: row of the residual stream for every token that is computed.
     """
 
     rows_PN: Tensor
     is_padding_PN: Tensor | None
     mask_type_P: Tensor | None
     positions_S: Tensor | None
+    rows_S: Tensor
 
-    @property
-    def rows_S(self) -> Tensor:
-        rows = self.rows_PN.flatten()
-        return rows if self.positions_S is None else rows.index_select(0, self.positions_S)
+    @classmethod
+    def of(
+        cls,
+        rows_PN: Tensor,
+        is_padding_PN: Tensor | None,
+        mask_type_P: Tensor | None,
+        positions_S: Tensor | None,
+    ) -> "WindowChunk":
+        rows_S = rows_PN.flatten()
+        if positions_S is not None:
+            rows_S = rows_S.index_select(0, positions_S)
+        return cls(rows_PN, is_padding_PN, mask_type_P, positions_S, rows_S)
 
     def to_windows(self, x_SC: Tensor, padding_C: Tensor) -> Tensor:
         """[S, C] to [P, N, C], with a value for the padding that S leaves out."""
         num_windows, num_positions = self.rows_PN.shape
         if self.positions_S is not None:
-            all_padding = padding_C.to(x_SC.dtype).expand(num_windows * num_positions, -1)
-            x_SC = all_padding.index_copy(0, self.positions_S, x_SC)
+            all_padding = padding_C.to(x_SC.dtype).repeat(num_windows * num_positions, 1)
+            x_SC = scatter_rows_(all_padding, self.positions_S, x_SC)
         return x_SC.view(num_windows, num_positions, -1)
 
     def to_tokens(self, x_PNC: Tensor) -> Tensor:
@@ -173,18 +204,17 @@ class SwinBlock(nn.Module):
             bytes_per_window = num_positions * self.mlp.fc1.out_features * dtype.itemsize
             chunks = windows.chunks(max_windows=max(1, CHUNK_BYTES // bytes_per_window))
         else:
-            chunks = iter([windows.whole()])
+            chunks = [windows.whole()]
         with torch.autocast(x_RC.device.type, enabled=False) if is_fast else nullcontext():
-            logit_bias = self.attn.logit_bias(windows.grid)
+            logit_bias = self.attn.logit_bias(windows.grid).to(dtype)
             for chunk in chunks:
-                rows_S = chunk.rows_S
-                tokens = x_RC.index_select(0, rows_S)
+                tokens = x_RC.index_select(0, chunk.rows_S)
                 arguments = (tokens, chunk, logit_bias, windows.num_images, dtype)
                 if self.checkpoints and torch.is_grad_enabled():
                     tokens = checkpoint(self._update, *arguments, use_reentrant=False)
                 else:
                     tokens = self._update(*arguments)
-                x_RC = x_RC.index_copy_(0, rows_S, tokens.to(x_RC.dtype))
+                x_RC = scatter_rows_(x_RC, chunk.rows_S, tokens.to(x_RC.dtype))
         return x_RC
 
     def _update(
@@ -196,8 +226,7 @@ class SwinBlock(nn.Module):
             normed = normed.masked_fill(chunk.is_padding_PN.view(-1, 1), 0.0)
         qkv = self.attn.qkv
         qkv_PNC = chunk.to_windows(linear(normed, qkv), qkv.bias)  # of padding, which is zero: the bias
-        bias = logit_bias if chunk.mask_type_P is None else logit_bias.index_select(0, chunk.mask_type_P)
-        attended = chunk.to_tokens(self.attn.attend(qkv_PNC, bias))
+        attended = chunk.to_tokens(self.attn.attend(qkv_PNC, logit_bias, chunk.mask_type_P))
         tokens = self._add(tokens, attended, self.attn.proj, num_images)
         normed = self.norm2(tokens).to(dtype)
         return self._add(tokens, linear_gelu(normed, self.mlp.fc1), self.mlp.fc2, num_images)

@@ -43,7 +43,7 @@ def linear_add(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
         return residual + _fused(x, layer, "none")
     rows = residual.reshape(-1, residual.shape[-1])
     weight = _packed(layer.weight, x.dtype)
-    out: Tensor = _operator().binary(
+    out: Tensor = _add_operator()(
         x.reshape(-1, x.shape[-1]), rows, weight, _cast(layer.bias, x.dtype), "add"
     )
     return out.view(residual.shape)
@@ -73,7 +73,7 @@ def _try_operators() -> bool:
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         gelu = _operator()(x, packed, bias, "gelu", [], "none")
-        added = _operator().binary(x, residual, packed, bias, "add")
+        added = _add_operator()(x, residual, packed, bias, "add")
     except (RuntimeError, TypeError, AttributeError):  # another release's signature
         return False
     return torch.allclose(gelu, F.gelu(expected), atol=1e-5) and torch.allclose(
@@ -83,10 +83,16 @@ def _try_operators() -> bool:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A packed weight, and how to notice that the weight it was made of has changed."""
+    """A packed weight, and how to notice that the weight it was made of has changed.
+
+    Attributes:
+        live: some of the weight's values, as a view of its memory.
+        sample: the same when it was packed.
+    """
 
     weight: Tensor
     version: tuple[int, int]
+    live: Tensor
     sample: Tensor
 
 
@@ -104,10 +110,10 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     cache: Any = _packed_weights.setdefault(dtype, WeakTensorKeyDictionary())
     known: _Packed | None = cache.get(weight)
     version = (weight.data_ptr(), weight._version)
-    sample = weight.detach().view(-1)[:: max(1, weight.numel() // _NUM_SAMPLES)]
-    if known is None or known.version != version or not torch.equal(known.sample, sample):
+    if known is None or known.version != version or not torch.equal(known.live, known.sample):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
-        known = _Packed(packed, version, sample.clone())
+        live = weight.detach().view(-1)[:: max(1, weight.numel() // _NUM_SAMPLES)]
+        known = _Packed(packed, version, live, live.clone())
         cache[weight] = known
     return known.weight
 
@@ -134,5 +140,11 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
+@lru_cache(maxsize=1)
 def _operator() -> Any:
-    return torch.ops.mkldnn._linear_pointwise
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
+@lru_cache(maxsize=1)
+def _add_operator() -> Any:
+    return torch.ops.mkldnn._linear_pointwise.binary

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsevit.sparsity import count_kept_windows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WindowGrid:
     """One partition of an H × W grid into windows, cyclically shifted or not.
 
