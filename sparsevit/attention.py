@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevit.linear import is_fused, linear
+from sparsevit.linear import is_fused, is_fused_in_graph, linear
 from sparsevit.wide import rearrange
 from sparsevit.windows import WindowGrid
 
@@ -55,6 +55,8 @@ class WindowAttention(nn.Module):
         logit_bias = logit_bias.to(qkv.dtype)
         if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
             return _attend_in_bfloat16(qkv, logit_bias, mask_type_P)
+        if qkv.dtype == torch.bfloat16 and is_fused_in_graph(qkv.device, qkv.dtype):
+            return _traced_attend(qkv, logit_bias, mask_type_P)
         if mask_type_P is not None:
             logit_bias = logit_bias.index_select(0, mask_type_P)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -96,3 +98,12 @@ def _attend_in_bfloat16(qkv_PN3HD: Tensor, logit_bias: Tensor, mask_type_P: Tens
         attended = torch.bmm(torch.softmax(logits(), dim=-1), value)
     attended_PHND = attended.view(num_windows, num_heads, num_positions, width)
     return rearrange(attended_PHND, (0, 2, 1, 3)).view(num_windows, num_positions, -1)
+
+
+_traced_attend = torch.library.custom_op("sparsevit::attend", _attend_in_bfloat16, mutates_args=())
+
+
+@_traced_attend.register_fake
+def _(qkv_PN3HD: Tensor, logit_bias: Tensor, mask_type_P: Tensor | None) -> Tensor:
+    num_windows, num_positions, _, num_heads, width = qkv_PN3HD.shape
+    return qkv_PN3HD.new_empty(num_windows, num_positions, num_heads * width)

@@ -2,8 +2,9 @@
 
 oneDNN computes bias, GELU and the residual sum inside the matrix product, which saves as many
 passes over memory, and multiplies faster by a weight that was packed for it beforehand. PyTorch
-reaches it through the operators that its compiler uses. Everywhere else (training, accelerators,
-tracing, other dtypes) these functions are the plain layers.
+reaches it through the operators that its compiler uses; ``torch.compile``, which would take MKL in
+fp32, is given them as operators of our own. Everywhere else (training, accelerators, export, other
+dtypes) these functions are the plain layers.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsevit.parts import is_cpu_inference
+from sparsevit.parts import is_compiled_inference, is_cpu_inference
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _NUM_SAMPLES = 64
@@ -25,14 +26,14 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """``layer(x)``."""
     if not _serves(layer, x):
         return _plain(x, layer)
-    return _fused(x, layer, "none")
+    return _product(x, layer, "none")
 
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     """``gelu(layer(x))``."""
     if not _serves(layer, x):
         return F.gelu(_plain(x, layer))
-    return _fused(x, layer, "gelu")
+    return _product(x, layer, "gelu")
 
 
 def linear_add(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
@@ -40,27 +41,32 @@ def linear_add(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
     if not _serves(layer, x):
         return residual + _plain(x, layer)
     if residual.dtype != x.dtype:
-        return residual + _fused(x, layer, "none")
-    rows = residual.reshape(-1, residual.shape[-1])
-    weight = _packed(layer.weight, x.dtype)
-    out: Tensor = _add_operator()(
-        x.reshape(-1, x.shape[-1]), rows, weight, _cast(layer.bias, x.dtype), "add"
+        return residual + _product(x, layer, "none")
+    add = _traced_add if torch.compiler.is_compiling() else _fused_add
+    out = add(
+        x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1]), layer.weight, layer.bias
     )
     return out.view(residual.shape)
 
 
 def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the joined operators serve a computation on a device in a dtype, here and now."""
+    """Whether the joined operators serve an eager computation on a device in a dtype, here and now."""
     return is_cpu_inference(device) and dtype in FUSED_DTYPES and has_operators()
 
 
-@lru_cache(maxsize=1)
+def is_fused_in_graph(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether they serve, as operators of our own, in the graph that is being compiled."""
+    return is_compiled_inference(device) and dtype in FUSED_DTYPES and has_operators()
+
+
+@torch.compiler.assume_constant_result
 def has_operators() -> bool:
     """Whether this PyTorch has the operators, and they compute what they should."""
-    with torch.autocast("cpu", enabled=False):
-        return _try_operators()
+    return _try_operators()
 
 
+@lru_cache(maxsize=1)
+@torch.autocast("cpu", enabled=False)
 def _try_operators() -> bool:
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -121,14 +127,40 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _serves(layer: nn.Module, x: Tensor) -> bool:
     """Whether `layer` is a weight and a bias and nothing else: no hook, adapter or parametrization."""
     is_bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    return is_bare and is_fused(x.device, x.dtype)
+    return is_bare and (is_fused(x.device, x.dtype) or is_fused_in_graph(x.device, x.dtype))
 
 
-def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
+def _product(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
+    product = _traced if torch.compiler.is_compiling() else _fused
+    return product(x, layer.weight, layer.bias, activation)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     out: Tensor = _operator()(
-        x, _packed(layer.weight, x.dtype), _cast(layer.bias, x.dtype), activation, [], "none"
+        x, _packed(weight, x.dtype), _cast(bias, x.dtype), activation, [], "none"
     )
     return out
+
+
+def _fused_add(x_SD: Tensor, residual_SC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = _add_operator()(
+        x_SD, residual_SC, _packed(weight, x_SD.dtype), _cast(bias, x_SD.dtype), "add"
+    )
+    return out
+
+
+_traced = torch.library.custom_op("sparsevit::linear", _fused, mutates_args=())
+_traced_add = torch.library.custom_op("sparsevit::linear_add", _fused_add, mutates_args=())
+
+
+@_traced.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@_traced_add.register_fake
+def _(x_SD: Tensor, residual_SC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(residual_SC)
 
 
 def _plain(x: Tensor, layer: nn.Linear) -> Tensor:

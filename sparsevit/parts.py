@@ -47,3 +47,13 @@ def is_cpu_inference(device: torch.device) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
+
+
+def is_compiled_inference(device: torch.device) -> bool:
+    """Whether ``torch.compile`` is tracing a computation on the CPU without gradients."""
+    return (
+        device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+    )
