@@ -56,14 +56,15 @@ class WindowAttention(nn.Module):
         if qkv.dtype == torch.bfloat16 and is_fused(qkv.device, qkv.dtype):
             return _attend_in_bfloat16(qkv, logit_bias, mask_type_P)
         if qkv.dtype == torch.bfloat16 and is_fused_in_graph(qkv.device, qkv.dtype):
-            return _traced_attend(qkv, logit_bias, mask_type_P)
+            attended: Tensor = _traced_attend(qkv, logit_bias, mask_type_P)
+            return attended
         if mask_type_P is not None:
             logit_bias = logit_bias.index_select(0, mask_type_P)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         # Compilers for CPUs join the parts of a softmax, and ONNX loses the fused kernel's layout.
         if torch.compiler.is_compiling() and (qkv.device.type == "cpu" or torch.compiler.is_exporting()):
             logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2) + logit_bias
-            attended: Tensor = torch.softmax(logits, dim=-1) @ value
+            attended = torch.softmax(logits, dim=-1) @ value
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
         return attended.transpose(1, 2).reshape(num_windows, num_positions, -1)

@@ -8,13 +8,14 @@ that are computed.
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsevit.attention import WindowAttention
-from sparsevit.linear import is_fused, linear, linear_add, linear_gelu
+from sparsevit.linear import JoinedLinear, is_fused, join
 from sparsevit.parts import is_cpu_inference
 from sparsevit.wide import scatter_rows_
 from sparsevit.windows import WindowGrid
@@ -56,12 +57,12 @@ class KeptWindows:
     def _gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
         def per_window(values_M: Tensor) -> Tensor:
             if kept_BK is not None:
-                return values_M[kept_BK.flatten()]
+                return values_M.index_select(0, kept_BK.flatten())
             return values_M.repeat(num_images, *(1 for _ in values_M.shape[1:]))
 
         num_tokens = grid.num_tokens
         rows_PN = per_window(grid.tokens_MN)
-        images_B = rows_PN.new_tensor(range(num_images))
+        images_B = torch.arange(num_images, device=rows_PN.device)
         offsets_B11 = images_B[:, None, None] * num_tokens
         rows_PN = (rows_PN.view(num_images, -1, rows_PN.shape[1]) + offsets_B11).flatten(0, 1)
         is_padding_PN = positions_S = None
@@ -161,7 +162,17 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(linear_gelu(x, self.fc1), self.fc2)
+        fc1, fc2 = (join(layer, x.device, x.dtype) for layer in (self.fc1, self.fc2))
+        return fc2(fc1.gelu(x))
+
+
+class Products(NamedTuple):
+    """The linear layers of a block during one forward pass."""
+
+    qkv: JoinedLinear
+    proj: JoinedLinear
+    fc1: JoinedLinear
+    fc2: JoinedLinear
 
 
 class SwinBlock(nn.Module):
@@ -206,10 +217,12 @@ class SwinBlock(nn.Module):
         else:
             chunks = [windows.whole()]
         with torch.autocast(x_RC.device.type, enabled=False) if is_fast else nullcontext():
+            layers = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+            products = Products(*(join(layer, x_RC.device, dtype) for layer in layers))
             logit_bias = self.attn.logit_bias(windows.grid).to(dtype)
             for chunk in chunks:
                 tokens = x_RC.index_select(0, chunk.rows_S)
-                arguments = (tokens, chunk, logit_bias, windows.num_images, dtype)
+                arguments = (tokens, chunk, products, logit_bias, windows.num_images, dtype)
                 if self.checkpoints and torch.is_grad_enabled():
                     tokens = checkpoint(self._update, *arguments, use_reentrant=False)
                 else:
@@ -218,24 +231,30 @@ class SwinBlock(nn.Module):
         return x_RC
 
     def _update(
-        self, tokens: Tensor, chunk: WindowChunk, logit_bias: Tensor, num_images: int, dtype: torch.dtype
+        self,
+        tokens: Tensor,
+        chunk: WindowChunk,
+        products: Products,
+        logit_bias: Tensor,
+        num_images: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         """New tokens of the windows of a chunk: [S, C] to the same."""
         normed = self.norm1(tokens).to(dtype)
         if chunk.is_padding_PN is not None and chunk.positions_S is None:
             normed = normed.masked_fill(chunk.is_padding_PN.view(-1, 1), 0.0)
-        qkv = self.attn.qkv
-        qkv_PNC = chunk.to_windows(linear(normed, qkv), qkv.bias)  # of padding, which is zero: the bias
+        qkv_of_padding = self.attn.qkv.bias  # padding is zero
+        qkv_PNC = chunk.to_windows(products.qkv(normed), qkv_of_padding)
         attended = chunk.to_tokens(self.attn.attend(qkv_PNC, logit_bias, chunk.mask_type_P))
-        tokens = self._add(tokens, attended, self.attn.proj, num_images)
+        tokens = self._add(tokens, attended, products.proj, num_images)
         normed = self.norm2(tokens).to(dtype)
-        return self._add(tokens, linear_gelu(normed, self.mlp.fc1), self.mlp.fc2, num_images)
+        return self._add(tokens, products.fc1.gelu(normed), products.fc2, num_images)
 
-    def _add(self, tokens_SC: Tensor, x: Tensor, layer: nn.Linear, num_images: int) -> Tensor:
+    def _add(self, tokens_SC: Tensor, x: Tensor, layer: JoinedLinear, num_images: int) -> Tensor:
         """``tokens + layer(x)``; in training the branch is dropped for whole images (stochastic depth)."""
         if not self.training or self.drop_path_rate == 0.0:
-            return linear_add(x, layer, tokens_SC)
-        branch: Tensor = layer(x)
+            return layer.add(x, tokens_SC)
+        branch = layer(x)
         from torchvision.ops import stochastic_depth  # training alone needs torchvision
 
         kept: Tensor = stochastic_depth(branch.view(num_images, -1), self.drop_path_rate, mode="row")

@@ -4,12 +4,12 @@ oneDNN computes bias, GELU and the residual sum inside the matrix product, which
 passes over memory, and multiplies faster by a weight that was packed for it beforehand. PyTorch
 reaches it through the operators that its compiler uses; ``torch.compile``, which would take MKL in
 fp32, is given them as operators of our own. Everywhere else (training, accelerators, export, other
-dtypes) these functions are the plain layers.
+dtypes) a layer is the plain one.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +22,106 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _NUM_SAMPLES = 64
 
 
+class JoinedLinear(Protocol):
+    """A linear layer during one forward pass, and the products with what follows it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``layer(x)``."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """``gelu(layer(x))``."""
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + layer(x)``."""
+
+
+def join(layer: nn.Linear, device: torch.device, dtype: torch.dtype) -> JoinedLinear:
+    """The fastest way there is, here and now, to compute `layer` of inputs on a device in a dtype.
+
+    It holds until the weights change: take it anew at every forward pass.
+    """
+    is_bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    if is_bare and is_fused(device, dtype):
+        return _Packed(_packed(layer.weight, dtype), _cast(layer.bias, dtype))
+    if is_bare and is_fused_in_graph(device, dtype):
+        return _Traced(layer)
+    return _Plain(layer)
+
+
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """``layer(x)``."""
-    if not _serves(layer, x):
-        return _plain(x, layer)
-    return _product(x, layer, "none")
+    """``layer(x)``, the fastest way there is."""
+    return join(layer, x.device, x.dtype)(x)
 
 
-def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """``gelu(layer(x))``."""
-    if not _serves(layer, x):
-        return F.gelu(_plain(x, layer))
-    return _product(x, layer, "gelu")
+@dataclass(frozen=True)
+class _Plain:
+    layer: nn.Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x))
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
 
 
-def linear_add(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
-    """``residual + layer(x)``."""
-    if not _serves(layer, x):
-        return residual + _plain(x, layer)
-    if residual.dtype != x.dtype:
-        return residual + _product(x, layer, "none")
-    add = _traced_add if torch.compiler.is_compiling() else _fused_add
-    out = add(
-        x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1]), layer.weight, layer.bias
-    )
-    return out.view(residual.shape)
+@dataclass(frozen=True)
+class _Packed:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _multiply(x, self.weight, self.bias, "none")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return _multiply(x, self.weight, self.bias, "gelu")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if residual.dtype != x.dtype:
+            return residual + self(x)
+        return _multiply_add(x, residual, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    layer: nn.Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = _traced(x, self.layer.weight, self.layer.bias, "none")
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        out: Tensor = _traced(x, self.layer.weight, self.layer.bias, "gelu")
+        return out
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if residual.dtype != x.dtype:
+            return residual + self(x)
+        out: Tensor = _traced_add(x, residual, self.layer.weight, self.layer.bias)
+        return out
+
+
+@torch.library.custom_op("sparsevit::linear", mutates_args=())
+def _traced(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return _multiply(x, _packed(weight, x.dtype), _cast(bias, x.dtype), activation)
+
+
+@_traced.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("sparsevit::linear_add", mutates_args=())
+def _traced_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _multiply_add(x, residual, _packed(weight, x.dtype), _cast(bias, x.dtype))
+
+
+@_traced_add.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(residual)
 
 
 def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -59,14 +134,14 @@ def is_fused_in_graph(device: torch.device, dtype: torch.dtype) -> bool:
     return is_compiled_inference(device) and dtype in FUSED_DTYPES and has_operators()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_operators() -> bool:
     """Whether this PyTorch has the operators, and they compute what they should."""
-    return _try_operators()
+    with torch.autocast("cpu", enabled=False):
+        return _try_operators()
 
 
 @lru_cache(maxsize=1)
-@torch.autocast("cpu", enabled=False)
 def _try_operators() -> bool:
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -78,8 +153,8 @@ def _try_operators() -> bool:
     expected = F.linear(x, weight, bias)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        gelu = _operator()(x, packed, bias, "gelu", [], "none")
-        added = _add_operator()(x, residual, packed, bias, "add")
+        gelu = _multiply(x, packed, bias, "gelu")
+        added = _multiply_add(x, residual, packed, bias)
     except (RuntimeError, TypeError, AttributeError):  # another release's signature
         return False
     return torch.allclose(gelu, F.gelu(expected), atol=1e-5) and torch.allclose(
@@ -88,7 +163,7 @@ def _try_operators() -> bool:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class _PackedWeight:
     """A packed weight, and how to notice that the weight it was made of has changed.
 
     Attributes:
@@ -114,69 +189,28 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.is_inference():  # has no version counter
         return weight.to(dtype)
     cache: Any = _packed_weights.setdefault(dtype, WeakTensorKeyDictionary())
-    known: _Packed | None = cache.get(weight)
+    known: _PackedWeight | None = cache.get(weight)
     version = (weight.data_ptr(), weight._version)
     if known is None or known.version != version or not torch.equal(known.live, known.sample):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
         live = weight.detach().view(-1)[:: max(1, weight.numel() // _NUM_SAMPLES)]
-        known = _Packed(packed, version, live, live.clone())
+        known = _PackedWeight(packed, version, live, live.clone())
         cache[weight] = known
     return known.weight
 
 
-def _serves(layer: nn.Module, x: Tensor) -> bool:
-    """Whether `layer` is a weight and a bias and nothing else: no hook, adapter or parametrization."""
-    is_bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    return is_bare and (is_fused(x.device, x.dtype) or is_fused_in_graph(x.device, x.dtype))
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, activation, [], "none")
+    return out
 
 
-def _product(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
-    product = _traced if torch.compiler.is_compiling() else _fused
-    return product(x, layer.weight, layer.bias, activation)
-
-
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    out: Tensor = _operator()(
-        x, _packed(weight, x.dtype), _cast(bias, x.dtype), activation, [], "none"
+def _multiply_add(x: Tensor, residual: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    rows = residual.reshape(-1, residual.shape[-1])
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+        x.reshape(-1, x.shape[-1]), rows, packed, bias, "add"
     )
-    return out
-
-
-def _fused_add(x_SD: Tensor, residual_SC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = _add_operator()(
-        x_SD, residual_SC, _packed(weight, x_SD.dtype), _cast(bias, x_SD.dtype), "add"
-    )
-    return out
-
-
-_traced = torch.library.custom_op("sparsevit::linear", _fused, mutates_args=())
-_traced_add = torch.library.custom_op("sparsevit::linear_add", _fused_add, mutates_args=())
-
-
-@_traced.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-@_traced_add.register_fake
-def _(x_SD: Tensor, residual_SC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(residual_SC)
-
-
-def _plain(x: Tensor, layer: nn.Linear) -> Tensor:
-    out: Tensor = layer(x)
-    return out
+    return out.view(residual.shape)
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
-
-
-@lru_cache(maxsize=1)
-def _operator() -> Any:
-    return torch.ops.mkldnn._linear_pointwise.default
-
-
-@lru_cache(maxsize=1)
-def _add_operator() -> Any:
-    return torch.ops.mkldnn._linear_pointwise.binary

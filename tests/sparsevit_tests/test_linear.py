@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from sparsevit import block, parts
 from sparsevit.attention import WindowAttention
-from sparsevit.linear import has_operators, is_fused, linear, linear_add, linear_gelu
+from sparsevit.linear import has_operators, is_fused, join, linear
 from tests.sparsevit_tests.tiny_swin import random_backbone
 
 pytestmark = pytest.mark.skipif(not has_operators(), reason="this PyTorch has no joined operators")
@@ -27,11 +27,12 @@ def test_equal_to_the_plain_layers(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
         assert is_fused(x.device, dtype)
+        joined = join(layer, x.device, dtype)
         for mine, plain in (
-            (linear(x, layer), layer(x)),
-            (linear_gelu(x, layer), F.gelu(layer(x))),
-            (linear_add(x, layer, residual), residual + layer(x)),
-            (linear_add(x, layer, residual.double()), residual.double() + layer(x)),
+            (joined(x), layer(x)),
+            (joined.gelu(x), F.gelu(layer(x))),
+            (joined.add(x, residual), residual + layer(x)),
+            (joined.add(x, residual.double()), residual.double() + layer(x)),
         ):
             assert mine.dtype == plain.dtype
             torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
