@@ -61,8 +61,7 @@ class WindowAttention(nn.Module):
         if mask_type_P is not None:
             logit_bias = logit_bias.index_select(0, mask_type_P)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        # Compilers for CPUs join the parts of a softmax, and ONNX loses the fused kernel's layout.
-        if torch.compiler.is_compiling() and (qkv.device.type == "cpu" or torch.compiler.is_exporting()):
+        if torch.compiler.is_exporting():  # ONNX loses the fused kernel's layout
             logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2) + logit_bias
             attended = torch.softmax(logits, dim=-1) @ value
         else:

@@ -1,7 +1,7 @@
 """Copies of tensors as wide elements, for inference on a CPU.
 
 PyTorch rearranges a tensor element by element; as elements of 16 bytes, eight bfloat16 numbers take
-one step. Everywhere else (training, accelerators, tracing) these functions move the elements themselves.
+one step. Such views have no gradient.
 """
 
 import torch
@@ -23,16 +23,19 @@ def widen(x: Tensor) -> Tensor:
 
 
 def rearrange(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """A contiguous copy of ``x.permute(order)`` for a contiguous `x` whose last dimension stays last."""
-    return widen(x).permute(order).clone(memory_format=torch.contiguous_format).view(x.dtype)
+    """A contiguous copy of ``x.permute(order)``; the last dimension stays the last."""
+    wide = widen(x.contiguous()).permute(order)
+    return wide.clone(memory_format=torch.contiguous_format).view(x.dtype)
 
 
 def scatter_rows_(x_RC: Tensor, rows_S: Tensor, values_SC: Tensor) -> Tensor:
-    """``x_RC.index_copy_(0, rows_S, values_SC)``: write rows in place and return `x_RC`."""
-    if not is_cpu_inference(x_RC.device) or not (x_RC.is_contiguous() and values_SC.is_contiguous()):
-        return x_RC.index_copy_(0, rows_S, values_SC)
-    wide_RC, wide_SC = widen(x_RC), widen(values_SC)
-    if wide_RC.dtype == wide_SC.dtype:
-        wide_RC.index_copy_(0, rows_S, wide_SC)
-        return x_RC
+    """``x_RC.index_copy_(0, rows_S, values_SC)``: write rows in place and return `x_RC`.
+
+    Outside inference on a CPU it is just that.
+    """
+    if is_cpu_inference(x_RC.device) and x_RC.is_contiguous() and values_SC.is_contiguous():
+        wide_RC, wide_SC = widen(x_RC), widen(values_SC)
+        if wide_RC.dtype == wide_SC.dtype:
+            wide_RC.index_copy_(0, rows_S, wide_SC)
+            return x_RC
     return x_RC.index_copy_(0, rows_S, values_SC)

@@ -38,6 +38,20 @@ def test_equal_to_the_plain_layers(dtype: torch.dtype) -> None:
             torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_for_compilers_keep_what_they_promise(dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
+    x, residual = torch.randn(3, 7, 24).to(dtype), torch.randn(3, 7, 40).to(dtype)
+    qkv, logit_bias = torch.randn(6, 16, 3, 2, 8).bfloat16(), torch.randn(3, 2, 16, 16).bfloat16()
+    checks = ("test_schema", "test_faketensor")
+    operators = torch.ops.sparsevit
+    torch.library.opcheck(operators.linear.default, (x, weight, bias, "gelu"), test_utils=checks)
+    torch.library.opcheck(operators.linear.default, (x, weight, None, "none"), test_utils=checks)
+    torch.library.opcheck(operators.linear_add.default, (x, residual, weight, bias), test_utils=checks)
+    mask_type = torch.tensor([0, 1, 2, 2, 1, 0])
+    torch.library.opcheck(operators.attend.default, (qkv, logit_bias, mask_type), test_utils=checks)
+
+
 def test_operators_are_found_under_autocast_too() -> None:
     program = (
         "import torch, sparsevit.linear\n"
@@ -116,6 +130,14 @@ def test_chunked_inference_equals_the_plain_forward_pass(
     with torch.inference_mode():
         for mine, expected in zip(backbone(images, vector), plain, strict=True):
             torch.testing.assert_close(mine, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_trains_after_inference_at_the_same_size() -> None:
+    backbone, images = random_backbone(), torch.randn(1, 3, 52, 90)
+    with torch.inference_mode():
+        backbone(images)
+    backbone(images)[-1].sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.stages.parameters())
 
 
 @pytest.mark.parametrize("is_autocast", [True, False])

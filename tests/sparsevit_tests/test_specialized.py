@@ -1,14 +1,16 @@
 """A vector made permanent: the same features, and every compiler and exporter takes it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsevit import SparseSwin, SparsityVector
+from sparsevit.linear import has_operators
 from tests.sparsevit_tests.tiny_swin import random_backbone
 
 SIZE = (52, 76)  # grids that are padded, one of them odd
@@ -47,6 +49,57 @@ def test_compiles_without_graph_breaks(backbone: SparseSwin, images: Tensor, vec
     torch.compiler.reset()
     compiled = torch.compile(backbone.specialize(vector, SIZE), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
+        assert_close(compiled(images), backbone(images, vector))
+
+
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_compiles_in_bf16(images: Tensor, vector: SparsityVector, is_autocast: bool) -> None:
+    torch.compiler.reset()
+    backbone = random_backbone() if is_autocast else random_backbone().bfloat16()
+    if not is_autocast:
+        images = images.bfloat16()
+    compiled = torch.compile(backbone.specialize(vector, SIZE), fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        pairs = zip(compiled(images), backbone(images, vector), strict=True)
+        assert all((mine - expected).norm() < 2e-2 * expected.norm() for mine, expected in pairs)
+
+
+def operators_of_a_compiled_graph(module: nn.Module, images: Tensor) -> set[str]:
+    torch.compiler.reset()
+    found: set[str] = set()
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(module, fullgraph=True, backend=note)(images)
+    return {name for name in found if name.startswith("sparsevit.")}
+
+
+@pytest.mark.skipif(not has_operators(), reason="this PyTorch has no joined operators")
+def test_a_compiler_is_given_joined_products_for_inference_alone(
+    backbone: SparseSwin, images: Tensor, vector: SparsityVector
+) -> None:
+    specialized = backbone.specialize(vector, SIZE)
+    with torch.no_grad():
+        in_fp32 = operators_of_a_compiled_graph(specialized, images)
+        in_bf16 = operators_of_a_compiled_graph(
+            random_backbone().bfloat16().specialize(vector, SIZE), images.bfloat16()
+        )
+    products = {"sparsevit.linear.default", "sparsevit.linear_add.default"}
+    assert in_fp32 == products
+    assert in_bf16 == {*products, "sparsevit.attend.default"}
+    assert operators_of_a_compiled_graph(specialized, images) == set()
+
+
+def test_a_compiled_backbone_notices_changed_weights(images: Tensor) -> None:
+    torch.compiler.reset()
+    backbone, vector = random_backbone(), VECTORS[0]
+    compiled = torch.compile(backbone.specialize(vector, SIZE), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(images)
+        for parameter in backbone.parameters():
+            parameter.mul_(0.9)
         assert_close(compiled(images), backbone(images, vector))
 
 
