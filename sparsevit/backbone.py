@@ -20,7 +20,7 @@ from sparsevit.linear import linear
 from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
-from sparsevit.windows import BlockPlan, StagePlan, WindowGrid, plan_stage
+from sparsevit.windows import StagePlan, plan_stage
 
 if TYPE_CHECKING:
     from sparsevit.specialized import SpecializedSwin
@@ -122,20 +122,21 @@ class SparseStage(nn.Module):
             x_RC = torch.cat((x_RC, x_RC.new_zeros(1, channels)))  # the sink row of the padding
         num_rows = num_images * height * width
         scores_BL: Tensor | None = None
-        rankings: dict[WindowGrid, Tensor] = {}
-        kept: dict[BlockPlan, KeptWindows] = {}
+        rankings: dict[int, Tensor] = {}
+        kept: dict[tuple[int, int | None], KeptWindows] = {}
         for block, step in zip(self.blocks, plan, strict=True):
             if step.num_kept is not None and scores_BL is None:
                 tokens_BLC = x_RC[:num_rows].view(num_images, -1, channels)
                 scores_BL = score_tokens(tokens_BLC, self.score)
-            if step not in kept:
+            grid_id = id(step.grid)
+            if (grid_id, step.num_kept) not in kept:
                 kept_BK = None
                 if step.num_kept is not None and scores_BL is not None:
-                    if step.grid not in rankings:
-                        rankings[step.grid] = rank_windows(scores_BL, step.grid)
-                    kept_BK = select_windows(rankings[step.grid], step.num_kept)
-                kept[step] = KeptWindows.gather(step.grid, kept_BK, num_images)
-            windows = kept[step]
+                    if grid_id not in rankings:
+                        rankings[grid_id] = rank_windows(scores_BL, step.grid)
+                    kept_BK = select_windows(rankings[grid_id], step.num_kept)
+                kept[grid_id, step.num_kept] = KeptWindows.gather(step.grid, kept_BK, num_images)
+            windows = kept[grid_id, step.num_kept]
             x_RC = block(x_RC, windows)
             if step.num_kept is not None and self.pruned == "zero":
                 is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_PN.flatten(), 1.0)

@@ -7,7 +7,6 @@ that are computed.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,9 +48,11 @@ class KeptWindows:
     @classmethod
     def gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
         """Turn window numbers into rows; all windows of `num_images` images if `kept_BK` is None."""
-        if kept_BK is None and is_cpu_inference(grid.tokens_MN.device):
-            return _all_windows(grid, num_images)
-        return cls._gather(grid, kept_BK, num_images)
+        if kept_BK is not None or not is_cpu_inference(grid.tokens_MN.device):
+            return cls._gather(grid, kept_BK, num_images)
+        if num_images not in grid.all_windows:
+            grid.all_windows[num_images] = cls._gather(grid, None, num_images)
+        return grid.all_windows[num_images]
 
     @classmethod
     def _gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
@@ -100,13 +101,6 @@ class KeptWindows:
             positions_S = is_padding_PN.flatten().logical_not().nonzero().flatten()
         mask_type_P = None if self.mask_type_P is None else self.mask_type_P[part]
         return WindowChunk.of(self.rows_PN[part], is_padding_PN, mask_type_P, positions_S)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached table must serve training too
-def _all_windows(grid: WindowGrid, num_images: int) -> KeptWindows:
-    """All windows of an input size: the same tables for every image."""
-    return KeptWindows._gather(grid, None, num_images)
 
 
 @dataclass(frozen=True)

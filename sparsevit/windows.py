@@ -9,13 +9,17 @@ whole windows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsevit.sparsity import count_kept_windows
+
+if TYPE_CHECKING:
+    from sparsevit.block import KeptWindows
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,7 @@ class WindowGrid:
         mask_TNN: True where a query may not attend to a key, because the cyclic shift brought
             together tokens that are not neighbours; None without shift.
         bias_row_NN: row of the relative position bias table for a query and a key.
+        all_windows: what blocks that keep every window do, by the number of images; for inference.
     """
 
     tokens_MN: Tensor
@@ -39,6 +44,7 @@ class WindowGrid:
     mask_TNN: Tensor | None
     bias_row_NN: Tensor
     num_tokens: int
+    all_windows: dict[int, "KeptWindows"] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_windows(self) -> int:

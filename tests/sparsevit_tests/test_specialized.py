@@ -1,5 +1,6 @@
 """A vector made permanent: the same features, and every compiler and exporter takes it."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit import SparseSwin, SparsityVector
+from sparsevit.block import KeptWindows
 from sparsevit.linear import has_operators
+from sparsevit.windows import WindowGrid
 from tests.sparsevit_tests.tiny_swin import random_backbone
 
 SIZE = (52, 76)  # grids that are padded, one of them odd
@@ -100,7 +103,19 @@ def test_a_compiled_backbone_notices_changed_weights(images: Tensor) -> None:
         compiled(images)
         for parameter in backbone.parameters():
             parameter.mul_(0.9)
-        assert_close(compiled(images), backbone(images, vector))
+        found = compiled(images)
+    assert_close(found, [feature.detach() for feature in backbone(images, vector)])  # plain layers
+
+
+def test_a_specialized_backbone_leaves_nothing_behind(backbone: SparseSwin, images: Tensor) -> None:
+    def count_tables_after_a_call() -> int:
+        with torch.no_grad():
+            backbone.specialize(VECTORS[0], SIZE)(images)
+        gc.collect()
+        return sum(isinstance(each, WindowGrid | KeptWindows) for each in gc.get_objects())
+
+    count = count_tables_after_a_call()
+    assert count_tables_after_a_call() == count
 
 
 def test_exports(backbone: SparseSwin, images: Tensor, vector: SparsityVector) -> None:
