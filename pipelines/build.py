@@ -205,7 +205,7 @@ def check_latency(config: ConfigSchema) -> None:
     latency = config.latency
     calibration(config), report_limits(config)
     _one_of("latency.measure", latency.measure, ("backbone", "model"))
-    check_runtime(latency.runtime, latency.dtype)
+    check_runtime(latency.runtime, latency.dtype, device(config))
     if latency.measure == "model" and latency.runtime != "eager":
         raise ConfigurationError(
             f"latency.measure=model is measured in eager mode, got latency.runtime={latency.runtime}; "

@@ -148,7 +148,7 @@ class LatencySchema:
     """What a latency is of, and how much is measured for it.
 
     Where `path` names a table, only the front is measured. `measure` is ``backbone`` or ``model``, `runtime`
-    ``eager``, ``compiled`` or ``onnxruntime`` (docs/latency.md).
+    ``eager``, ``cuda_graph``, ``compiled`` or ``onnxruntime`` (docs/latency.md).
     """
 
     path: str | None = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit.block import KeptWindows, SwinBlock
+from sparsevit.inference import compute_dtype, is_gpu_inference
 from sparsevit.linear import linear
 from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
@@ -69,6 +70,11 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patch_size = self.proj.kernel_size[0]
+        dtype = compute_dtype(images)
+        if is_gpu_inference(images.device, dtype):
+            from sparsevit import gpu_kernels
+
+            return gpu_kernels.embed_patches(images.contiguous(), self.proj, self.norm, dtype)
         images = images[:, :, : images.shape[2] // patch_size * patch_size]
         return apply_in_parts(self._embed, images, dim=2, multiple=patch_size)
 
@@ -87,6 +93,11 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
+        dtype = compute_dtype(x_BHWC)
+        if is_gpu_inference(x_BHWC.device, dtype):
+            from sparsevit import gpu_kernels
+
+            return linear(gpu_kernels.merge_corners(x_BHWC, self.norm, dtype), self.reduction)
         return apply_in_parts(self._merge, x_BHWC, dim=1, multiple=2)
 
     def _merge(self, x_BHWC: Tensor) -> Tensor:
@@ -118,7 +129,9 @@ class SparseStage(nn.Module):
         """
         num_images, height, width, channels = x_BHWC.shape
         x_RC = x_BHWC.reshape(-1, channels)
-        if height % self.window_size or width % self.window_size:
+        is_on_gpu = not self.training and is_gpu_inference(x_RC.device, compute_dtype(x_RC))
+        is_padded = height % self.window_size > 0 or width % self.window_size > 0
+        if is_padded and not (is_on_gpu and self.pruned == "identity"):  # those kernels leave padding alone
             x_RC = torch.cat((x_RC, x_RC.new_zeros(1, channels)))  # the sink row of the padding
         num_rows = num_images * height * width
         scores_BL: Tensor | None = None
@@ -130,12 +143,17 @@ class SparseStage(nn.Module):
                 scores_BL = score_tokens(tokens_BLC, self.score)
             grid_id = id(step.grid)
             if (grid_id, step.num_kept) not in kept:
-                kept_BK = None
-                if step.num_kept is not None and scores_BL is not None:
-                    if grid_id not in rankings:
-                        rankings[grid_id] = rank_windows(scores_BL, step.grid)
-                    kept_BK = select_windows(rankings[grid_id], step.num_kept)
-                kept[grid_id, step.num_kept] = KeptWindows.gather(step.grid, kept_BK, num_images)
+                if is_on_gpu and step.num_kept is not None and scores_BL is not None:
+                    kept[grid_id, step.num_kept] = KeptWindows.select_on_gpu(
+                        step.grid, scores_BL, step.num_kept, num_images
+                    )
+                else:
+                    kept_BK = None
+                    if step.num_kept is not None and scores_BL is not None:
+                        if grid_id not in rankings:
+                            rankings[grid_id] = rank_windows(scores_BL, step.grid)
+                        kept_BK = select_windows(rankings[grid_id], step.num_kept)
+                    kept[grid_id, step.num_kept] = KeptWindows.gather(step.grid, kept_BK, num_images)
             windows = kept[grid_id, step.num_kept]
             x_RC = block(x_RC, windows)
             if step.num_kept is not None and self.pruned == "zero":
@@ -293,10 +311,20 @@ class SparseSwin(nn.Module):
         features = []
         for index, plan in enumerate(plans):
             x_BHWC = self.stages[index](x_BHWC, plan)
-            features.append(self.norms[index](x_BHWC).permute(0, 3, 1, 2))
+            features.append(self._normalize(x_BHWC, index).permute(0, 3, 1, 2))
             if index < len(self.downsamples):
                 x_BHWC = self.downsamples[index](x_BHWC)
         return features
+
+    def _normalize(self, x_BHWC: Tensor, stage: int) -> Tensor:
+        norm: nn.LayerNorm = self.norms[stage]  # type: ignore[assignment]
+        if not is_gpu_inference(x_BHWC.device, compute_dtype(x_BHWC)):
+            out: Tensor = norm(x_BHWC)
+            return out
+        from sparsevit import gpu_kernels
+
+        is_autocast = torch.is_autocast_enabled(x_BHWC.device.type)
+        return gpu_kernels.normalize(x_BHWC, norm, torch.float32 if is_autocast else x_BHWC.dtype)
 
     def specialize(self, sparsity: SparsityVector, image_size: tuple[int, int]) -> "SpecializedSwin":
         """The vector made permanent: a module of static shapes for compilers and exporters.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsevit.attention import WindowAttention
+from sparsevit.inference import can_keep, compute_dtype, is_gpu_inference, is_inference
 from sparsevit.linear import JoinedLinear, is_fused, join
-from sparsevit.parts import is_cpu_inference
 from sparsevit.wide import scatter_rows_
 from sparsevit.windows import WindowGrid
 
@@ -48,11 +48,28 @@ class KeptWindows:
     @classmethod
     def gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
         """Turn window numbers into rows; all windows of `num_images` images if `kept_BK` is None."""
-        if kept_BK is not None or not is_cpu_inference(grid.tokens_MN.device):
+        if kept_BK is not None or not is_inference():
             return cls._gather(grid, kept_BK, num_images)
-        if num_images not in grid.all_windows:
-            grid.all_windows[num_images] = cls._gather(grid, None, num_images)
-        return grid.all_windows[num_images]
+        windows = grid.all_windows.get(num_images)
+        if windows is None:
+            windows = cls._gather(grid, None, num_images)
+            if can_keep(grid.tokens_MN.device):
+                grid.all_windows[num_images] = windows
+        return windows
+
+    @classmethod
+    def select_on_gpu(
+        cls, grid: WindowGrid, scores_BL: Tensor, num_kept: int, num_images: int
+    ) -> "KeptWindows":
+        """The most important windows by their tokens' scores, from most to least important."""
+        from sparsevit import gpu_kernels
+
+        scores_BM = gpu_kernels.score_windows(scores_BL, grid.tokens_MN)
+        mask_type_M = None if grid.mask_TNN is None else grid.mask_type_M
+        rows_PN, mask_type_P = gpu_kernels.select_rows(
+            scores_BM, num_kept, grid.tokens_MN, mask_type_M, grid.num_tokens
+        )
+        return cls(rows_PN, None, mask_type_P, None, num_images, grid)
 
     @classmethod
     def _gather(cls, grid: WindowGrid, kept_BK: Tensor | None, num_images: int) -> "KeptWindows":
@@ -202,7 +219,11 @@ class SwinBlock(nn.Module):
         Padding is zero after LN1 and takes part in attention, as in every dense Swin. For inference
         on a CPU the windows go through in chunks whose intermediates stay in its cache.
         """
-        dtype = _compute_dtype(x_RC)
+        dtype = compute_dtype(x_RC)
+        layers = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        products = Products(*(join(layer, x_RC.device, dtype) for layer in layers))
+        if is_gpu_inference(x_RC.device, dtype) and not self.training:
+            return self._forward_on_gpu(x_RC, windows, products, dtype)
         is_fast = is_fused(x_RC.device, dtype) and not self.training
         if is_fast:
             num_positions = windows.rows_PN.shape[1]
@@ -211,8 +232,6 @@ class SwinBlock(nn.Module):
         else:
             chunks = [windows.whole()]
         with torch.autocast(x_RC.device.type, enabled=False) if is_fast else nullcontext():
-            layers = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-            products = Products(*(join(layer, x_RC.device, dtype) for layer in layers))
             logit_bias = self.attn.logit_bias(windows.grid).to(dtype)
             for chunk in chunks:
                 tokens = x_RC.index_select(0, chunk.rows_S)
@@ -222,6 +241,32 @@ class SwinBlock(nn.Module):
                 else:
                     tokens = self._update(*arguments)
                 x_RC = scatter_rows_(x_RC, chunk.rows_S, tokens.to(x_RC.dtype))
+        return x_RC
+
+    def _forward_on_gpu(
+        self, x_RC: Tensor, windows: KeptWindows, products: Products, dtype: torch.dtype
+    ) -> Tensor:
+        """All windows at once, the padding too; what comes before and after a product is one kernel."""
+        from sparsevit import gpu_kernels
+
+        grid, rows_S = windows.grid, windows.rows_PN.flatten()
+        num_windows, num_positions = windows.rows_PN.shape
+        sink = windows.num_images * grid.num_tokens
+        with torch.autocast(x_RC.device.type, enabled=False):
+            qkv_SC = products.qkv(gpu_kernels.normalize(x_RC, self.norm1, dtype, rows_S, sink))
+            bias_THNN = gpu_kernels.tile_bias(
+                self.attn.relative_position_bias_table, self.attn.window_size, grid.mask_TNN, dtype
+            )
+            attended_PNC = gpu_kernels.attend(
+                qkv_SC.view(num_windows, num_positions, -1),
+                bias_THNN,
+                windows.mask_type_P,
+                self.attn.num_heads,
+            )
+            update_SC = products.proj(attended_PNC.flatten(0, 1))
+            normed = gpu_kernels.add_rows_(x_RC, rows_S, update_SC, sink, self.norm2, dtype)
+            update_SC = products.fc2(products.fc1.gelu(normed))
+            gpu_kernels.add_rows_(x_RC, rows_S, update_SC, sink)
         return x_RC
 
     def _update(
@@ -253,10 +298,3 @@ class SwinBlock(nn.Module):
 
         kept: Tensor = stochastic_depth(branch.view(num_images, -1), self.drop_path_rate, mode="row")
         return tokens_SC + kept.view_as(branch)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with `x`."""
-    device = x.device.type
-    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsevit.parts import is_compiled_inference, is_cpu_inference
+from sparsevit.inference import is_compiled_inference, is_cpu_inference, is_gpu_inference
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _NUM_SAMPLES = 64
@@ -45,7 +45,9 @@ def join(layer: nn.Linear, device: torch.device, dtype: torch.dtype) -> JoinedLi
         return _Packed(_packed(layer.weight, dtype), _cast(layer.bias, dtype))
     if is_bare and is_fused_in_graph(device, dtype):
         return _Traced(layer)
-    return _Plain(layer)
+    if is_bare and is_gpu_inference(device, dtype):
+        return _OnGpu(layer.weight.to(dtype), _cast(layer.bias, dtype))
+    return _Plain(layer, torch.is_autocast_enabled(device.type))
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -53,12 +55,18 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return join(layer, x.device, x.dtype)(x)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Plain:
     layer: nn.Linear
+    is_autocast: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
+        out: Tensor
+        if self.is_autocast and not torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, x.dtype):  # which the caller has left
+                out = self.layer(x)
+        else:
+            out = self.layer(x)
         return out
 
     def gelu(self, x: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ class _Plain:
         return residual + self(x)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Packed:
     weight: Tensor
     bias: Tensor | None
@@ -85,7 +93,7 @@ class _Packed:
         return _multiply_add(x, residual, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Traced:
     layer: nn.Linear
 
@@ -102,6 +110,27 @@ class _Traced:
             return residual + self(x)
         out: Tensor = _traced_add(x, residual, self.layer.weight, self.layer.bias)
         return out
+
+
+@dataclass(eq=False)
+class _OnGpu:
+    """In half precision, where GELU by tanh differs from GELU by less than its argument was rounded."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.gelu(self(x))
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True)
+        return out.view(*x.shape[:-1], -1)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
 
 
 @torch.library.custom_op("sparsevit::linear", mutates_args=())

@@ -7,8 +7,9 @@ accelerators, tracing) the whole tensor goes through at once.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from sparsevit.inference import is_cpu_inference
 
 PART_BYTES = 2**20
 """Size of the input of a part."""
@@ -37,23 +38,3 @@ def apply_in_parts(function: Callable[[Tensor], Tensor], x: Tensor, *, dim: int,
         part = function(x.narrow(dim, start, min(step, num_rows - start)))
         out[:, start // multiple : start // multiple + part.shape[1]] = part
     return out
-
-
-def is_cpu_inference(device: torch.device) -> bool:
-    """Whether a computation on a device is eager, on the CPU and without gradients, here and now."""
-    return (
-        device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    )
-
-
-def is_compiled_inference(device: torch.device) -> bool:
-    """Whether ``torch.compile`` is tracing a computation on the CPU without gradients."""
-    return (
-        device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsevit.inference import compute_dtype, is_gpu_inference
 from sparsevit.parts import apply_in_parts
 from sparsevit.windows import WindowGrid
 
@@ -21,11 +22,19 @@ Score = Callable[[Tensor], Tensor]
 
 def mean_abs(x_BLC: Tensor) -> Tensor:
     """Mean of |x| over the channels: what the released code does, and the published figures rest on."""
+    if is_gpu_inference(x_BLC.device, compute_dtype(x_BLC)):
+        from sparsevit import gpu_kernels
+
+        return gpu_kernels.score_rows(x_BLC, 1)
     return apply_in_parts(lambda x: x.abs().mean(dim=-1, dtype=torch.float32), x_BLC, dim=1)
 
 
 def l2(x_BLC: Tensor) -> Tensor:
     """L2 norm over the channels, so that a window's is that of its whole activation (the paper's text)."""
+    if is_gpu_inference(x_BLC.device, compute_dtype(x_BLC)):
+        from sparsevit import gpu_kernels
+
+        return gpu_kernels.score_rows(x_BLC, 2)
     return apply_in_parts(lambda x: x.float().square().sum(dim=-1).sqrt(), x_BLC, dim=1)
 
 

@@ -7,7 +7,7 @@ one step. Such views have no gradient.
 import torch
 from torch import Tensor
 
-from sparsevit.parts import is_cpu_inference
+from sparsevit.inference import is_cpu_inference
 
 WIDE_DTYPES = (torch.complex128, torch.complex64)
 """Elements of 16 and 8 bytes; copying one does not look at its bits."""

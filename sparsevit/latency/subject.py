@@ -1,4 +1,4 @@
-"""What is measured: a backbone or a whole model, in eager mode, compiled, or by ONNX Runtime."""
+"""What is measured: a backbone or a whole model, in eager mode, graphed, compiled, or by ONNX Runtime."""
 
 import copy
 import hashlib
@@ -22,8 +22,9 @@ from sparsevit.latency.timing import Call
 from sparsevit.sparsity import SparsityVector
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RUNTIMES = ("eager", "compiled", "onnxruntime")
+RUNTIMES = ("eager", "cuda_graph", "compiled", "onnxruntime")
 BACKBONE = "backbone"
+NUM_WARM_UPS = 3
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def backbone_subject(
     Raises:
         ValueError: for a dtype or runtime that is unknown or cannot be had.
     """
-    check_runtime(runtime, dtype)
+    device = next(backbone.parameters()).device
+    check_runtime(runtime, dtype, device)
     if batch_size < 1 or min(image_size) < 1:
         raise ValueError(f"batch and image size start at 1, got {batch_size} and {image_size}")
     keep_freed_memory()
-    device = next(backbone.parameters()).device
     measured = copy.deepcopy(backbone).eval().to(DTYPES[dtype]).requires_grad_(False)
 
     def draw(num_images: int) -> Tensor:
@@ -82,8 +83,11 @@ def backbone_subject(
     with tempfile.TemporaryDirectory(prefix="sparsevit-onnx-") as folder, _room_for_graphs(runtime):
 
         def call_of(vector: SparsityVector) -> Call:
+            eager = partial(measured, images, vector)
             if runtime == "eager":
-                return partial(measured, images, vector)
+                return eager
+            if runtime == "cuda_graph":
+                return graphed_call(eager, device)
             return specialized_call(measured, images, vector, runtime, Path(folder))
 
         yield Subject(BACKBONE, backbone.config, batch_size, image_size, dtype, runtime, device, call_of)
@@ -113,14 +117,14 @@ def model_subject(
     Raises:
         ValueError: for a dtype or runtime that is unknown or cannot be had.
     """
-    check_runtime(runtime, dtype)
+    device = next(model.parameters()).device
+    check_runtime(runtime, dtype, device)
     if runtime != "eager":
         raise ValueError(
             f"a whole model is measured in eager mode, got runtime={runtime}: its post-processing has no "
             "static shapes; measure=backbone takes every runtime"
         )
     keep_freed_memory()
-    device = next(model.parameters()).device
     moved = [_to(value, device) for value in inputs]
     num_inputs = len(moved[0])
     was_training = model.training
@@ -166,12 +170,16 @@ def num_samples(images: Sequence[Tensor], batch_size: int) -> int:
     return batch_size // per_sample
 
 
-def check_runtime(runtime: str, dtype: str) -> None:
-    """Raise `ValueError` unless the runtime is known, takes the dtype, and is installed."""
+def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
+    """Raise `ValueError` unless the runtime is known and installed, and takes the dtype and the device."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    if runtime == "cuda_graph" and device.type != "cuda":
+        raise ValueError(
+            f"runtime=cuda_graph needs a CUDA device, got {device}: take runtime=eager or compiled"
+        )
     if runtime == "onnxruntime":
         if dtype == "bf16":
             raise ValueError("onnxruntime has no bf16 kernels: take dtype=fp32 or fp16")
@@ -217,6 +225,25 @@ def _room_for_graphs(runtime: str) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def graphed_call(call: Call, device: torch.device) -> Call:
+    """A forward pass as a CUDA graph, which the device gets as a whole; what it returns is dropped.
+
+    In eager mode a GPU waits for Python to launch its kernels, hundreds in a pass, whatever they compute.
+    """
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is made at the first call is not captured
+            for _ in range(NUM_WARM_UPS):
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    replay: Call = graph.replay
+    return replay
+
+
 def specialized_call(
     backbone: SparseSwin, images: Tensor, vector: SparsityVector, runtime: str, folder: Path
 ) -> Call:
@@ -227,7 +254,8 @@ def specialized_call(
     """
     special = backbone.specialize(vector, (images.shape[-2], images.shape[-1]))
     if runtime == "compiled":
-        return partial(torch.compile(special, fullgraph=True, dynamic=False), images)
+        mode = "reduce-overhead" if images.device.type == "cuda" else None  # a CUDA graph
+        return partial(torch.compile(special, fullgraph=True, dynamic=False, mode=mode), images)
     import onnxruntime
 
     path = folder / "special.onnx"

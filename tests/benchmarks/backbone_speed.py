@@ -2,20 +2,23 @@
 
     python tests/benchmarks/backbone_speed.py                       every setting, fp32 and bf16, eager
     python tests/benchmarks/backbone_speed.py --settings swin_t-672 --modes eager compiled onnxruntime
+    python tests/benchmarks/backbone_speed.py --device cuda --dtypes bf16 fp16 --modes eager cuda_graph
 
 All networks of a setting have the same weights and are timed in one interleaved run; a row is the
 median. "of peer" is the ratio to the fastest peer in the same mode, "of dense" to our own dense
 forward pass in the same mode, "MACs" the same ratio of multiply-accumulates, "of peak" the share of
 the rate of a large square matrix product in the same dtype, measured beside. "peak MiB" is what an
 eager forward pass needs on top of the loaded network: on a CPU the growth of the resident set in a
-fresh process. "compiled" is torch.compile, on a CPU with inductor's `freezing`. onnxruntime takes
-fp32 alone, on a CPU. Freed memory is kept (`sparsevit.allocator`), for the peers too.
+fresh process. "compiled" is torch.compile, on a CPU with inductor's `freezing`; "cuda_graph" an eager
+pass captured on a GPU. onnxruntime takes fp32 alone, on a CPU. Freed memory is kept
+(`sparsevit.allocator`), for the peers too.
 """
 
 import argparse
+import copy
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +36,11 @@ from sparsevit.allocator import keep_freed_memory
 from sparsevit.latency.machine import device_name
 from sparsevit.latency.macs import count_macs
 from sparsevit.latency.memory import peak_mib
-from sparsevit.latency.subject import DTYPES, specialized_call
+from sparsevit.latency.subject import DTYPES, RUNTIMES, graphed_call, specialized_call
 from sparsevit.latency.timing import TimingLimits, time_interleaved
 
+OURS = "ours"
 PEERS = ("torchvision", "timm", "huggingface")
-MODES = ("eager", "compiled", "onnxruntime")
 PUBLISHED = ((0.3, 0, 0.1, 0.2, 0.2, 0), (0.6, 0, 0.2, 0.4, 0.5, 0), (0.7, 0, 0.2, 0.4, 0.5, 0))
 UNIFORM = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 PEAK_SIZE = 4096
@@ -71,7 +74,7 @@ def build_ours(setting: Setting) -> SparseSwin:
 def build(name: str, setting: Setting) -> nn.Module:
     """A network of ours or of a peer, all with the same weights; its call computes every stage."""
     backbone = build_ours(setting)
-    if name == "ours":
+    if name == OURS:
         return backbone
     config = backbone.config
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=RUNTIMES)
     parser.add_argument("--ratios", nargs="+", type=float, default=UNIFORM, help="the uniform vectors")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -120,14 +123,16 @@ def main() -> None:
     )
     for name in arguments.settings:
         vectors = vectors_of(SETTINGS[name], sorted({0.0, *arguments.ratios}))
+        networks = {network: build(network, SETTINGS[name]) for network in (OURS, *PEERS)}
         for dtype in arguments.dtypes:
-            print_table(name, dtype, device, arguments.modes, vectors, arguments.rounds)
+            print_table(name, dtype, device, networks, arguments.modes, vectors, arguments.rounds)
 
 
 def print_table(
     setting_name: str,
     dtype_name: str,
     device: torch.device,
+    networks: Mapping[str, nn.Module],
     modes: Sequence[str],
     vectors: Sequence[SparsityVector],
     num_rounds: int,
@@ -135,8 +140,9 @@ def print_table(
     setting, dtype = SETTINGS[setting_name], DTYPES[dtype_name]
     if dtype_name != "fp32" or device.type != "cpu":
         modes = [mode for mode in modes if mode != "onnxruntime"]
-    ours = build_ours(setting).to(device, dtype)
-    peers = {name: build(name, setting).to(device, dtype) for name in PEERS}
+    networks = {name: copy.deepcopy(network).to(device, dtype) for name, network in networks.items()}
+    ours = networks[OURS]
+    assert isinstance(ours, SparseSwin)
     images = torch.randn(setting.batch_size, 3, *setting.image_size, device=device, dtype=dtype)
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     torch._dynamo.config.recompile_limit = 8 * len(vectors)  # every vector is a graph of its own
@@ -147,8 +153,7 @@ def print_table(
             for vector in vectors:
                 calls[mode, str(vector)] = call_of(ours, vector, images, mode, Path(folder))
             for name in PEERS if mode != "onnxruntime" else ():
-                model = peers[name] if mode == "eager" else torch.compile(peers[name], dynamic=False)
-                calls[mode, name] = partial(model, images)
+                calls[mode, name] = call_of_peer(networks[name], images, mode)
         calls["", "peak"] = partial(torch.mm, square, square)
         for call in calls.values():
             call()  # compiles
@@ -158,7 +163,10 @@ def print_table(
         )  # fmt: skip
     medians = dict(zip(calls, (timing.median_ms for timing in timings.calls), strict=True))
     peak_rate = 2 * PEAK_SIZE**3 / medians.pop(("", "peak"))
-    memory = {name: peak_of(name, setting, dtype_name, device) for name in ("ours", *PEERS)}
+    if device.type == "cpu":
+        memory = {name: peak_of(name, setting, dtype_name) for name in networks}
+    else:
+        memory = {name: measure_peak(network, images) for name, network in networks.items()}
     macs = {str(vector): macs_of(setting, vector) for vector in vectors}
     dense = str(vectors[0])
     print(f"\n{setting_name}, {dtype_name}; matrix products reach {peak_rate / 1e6:.0f} GFLOP/s")
@@ -175,7 +183,7 @@ def print_table(
             f"{2 * num_macs / milliseconds / peak_rate:8.2f}",
         ]
         if mode == "eager" and name in (dense, *PEERS):
-            columns.append(f"{memory['ours' if name == dense else name]:9.0f}")
+            columns.append(f"{memory[OURS if name == dense else name]:9.0f}")
         print(*columns, flush=True)
 
 
@@ -183,9 +191,22 @@ def call_of(
     backbone: SparseSwin, vector: SparsityVector, images: Tensor, mode: str, folder: Path
 ) -> Callable[[], object]:
     """A forward pass of ours at a vector."""
+    eager = partial(backbone, images, vector)
     if mode == "eager":
-        return partial(backbone, images, vector)
+        return eager
+    if mode == "cuda_graph":
+        return graphed_call(eager, images.device)
     return specialized_call(backbone, images, vector, mode, folder)
+
+
+def call_of_peer(network: nn.Module, images: Tensor, mode: str) -> Callable[[], object]:
+    """A dense forward pass of another library."""
+    if mode == "cuda_graph":
+        return graphed_call(partial(network, images), images.device)
+    if mode == "compiled":
+        graphs = "reduce-overhead" if images.device.type == "cuda" else None  # as for ours
+        return partial(torch.compile(network, dynamic=False, mode=graphs), images)
+    return partial(network, images)
 
 
 def vectors_of(setting: Setting, ratios: Sequence[float]) -> list[SparsityVector]:
@@ -201,20 +222,22 @@ def macs_of(setting: Setting, vector: SparsityVector) -> int:
     return setting.batch_size * count_macs(BACKBONES[setting.backbone], size, vector)
 
 
-def peak_of(name: str, setting: Setting, dtype_name: str, device: torch.device) -> float:
-    """Memory that one dense forward pass needs on top of the network, in a process of its own."""
+def peak_of(name: str, setting: Setting, dtype_name: str) -> float:
+    """Memory that one dense forward pass needs on a CPU, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of, (name, setting, dtype_name, str(device)))
+        return pool.apply(_peak_of, (name, setting, dtype_name))
+
+
+def _peak_of(name: str, setting: Setting, dtype_name: str) -> float:
+    dtype = DTYPES[dtype_name]
+    images = torch.randn(setting.batch_size, 3, *setting.image_size).to(dtype)
+    return measure_peak(build(name, setting).to(dtype), images)
 
 
 @torch.inference_mode()
-def _peak_of(name: str, setting: Setting, dtype_name: str, device: str) -> float:
-    model = build(name, setting).to(device, DTYPES[dtype_name])
-    images = torch.randn(setting.batch_size, 3, setting.height, setting.width)
-    images = images.to(device, DTYPES[dtype_name])
-    if device != "cpu":
-        model(images)
-    peak = peak_mib(partial(model, images), torch.device(device))
+def measure_peak(network: nn.Module, images: Tensor) -> float:
+    """MiB that one dense forward pass needs on top of what is loaded."""
+    peak = peak_mib(partial(network, images), images.device)
     assert peak is not None
     return peak
 

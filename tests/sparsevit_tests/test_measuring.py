@@ -188,6 +188,16 @@ def test_a_device_that_goes_away() -> None:
         call()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_backbone_is_measured_as_a_cuda_graph() -> None:
+    backbone = create_backbone("swin_nano").cuda()
+    with backbone_subject(
+        backbone, batch_size=2, image_size=(64, 96), dtype="bf16", runtime="cuda_graph"
+    ) as subject:
+        found = measure(subject, [backbone.space.dense, VECTOR], TimingLimits.exactly(3))
+    assert all(latency > 0 for latency in found.latencies_ms)
+
+
 @pytest.mark.parametrize("runtime", ["compiled", "onnxruntime"])
 def test_a_backbone_is_measured_compiled_and_exported(runtime: str) -> None:
     if runtime == "onnxruntime":
@@ -239,20 +249,25 @@ def test_models_are_told_apart_by_all_that_they_are_built_from() -> None:
 @pytest.mark.parametrize(
     ("runtime", "dtype", "message"),
     [
-        ("tensorrt", "fp32", "runtime must be one of eager, compiled, onnxruntime, got 'tensorrt'"),
+        (
+            "tensorrt",
+            "fp32",
+            "runtime must be one of eager, cuda_graph, compiled, onnxruntime, got 'tensorrt'",
+        ),
         ("eager", "int8", r"dtype must be one of \['bf16', 'fp16', 'fp32'\], got 'int8'"),
+        ("cuda_graph", "bf16", "runtime=cuda_graph needs a CUDA device, got cpu: take runtime=eager"),
         ("onnxruntime", "bf16", "onnxruntime has no bf16 kernels: take dtype=fp32 or fp16"),
     ],
 )
 def test_what_cannot_be_measured(runtime: str, dtype: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_runtime(runtime, dtype)
+        check_runtime(runtime, dtype, CPU)
 
 
 def test_a_runtime_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match="runtime=onnxruntime needs `pip install onnxruntime onnxscript`"):
-        check_runtime("onnxruntime", "fp32")
+        check_runtime("onnxruntime", "fp32", CPU)
 
 
 def test_a_whole_model_is_not_compiled() -> None:
