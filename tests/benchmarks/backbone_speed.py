@@ -176,7 +176,7 @@ def print_table(
         num_macs = macs.get(name, macs[dense])
         columns = [
             f"{mode}, {name}".ljust(40),
-            f"{milliseconds:8.1f}",
+            f"{milliseconds:8.{1 if milliseconds >= 20 else 3}f}",
             " " * 8 if fastest is None else f"{milliseconds / fastest:8.3f}",
             f"{milliseconds / medians[mode, dense]:9.3f}",
             f"{num_macs / macs[dense]:6.3f}",
