@@ -213,7 +213,10 @@ def measure(
     with torch.inference_mode(), naming_lost_device(subject.device):
         made = {vector: subject.call_of(vector) for vector in dict.fromkeys([dense, *distinct])}
         reference, calls = made[dense], [made[vector] for vector in distinct]
-        peaks = [peak_mib(call, subject.device) for call in calls]  # the first call of each, unused to it
+        # The first call of each, unused to it; a graph has its memory before.
+        peaks = [
+            None if subject.runtime == "cuda_graph" else peak_mib(call, subject.device) for call in calls
+        ]
         timings = time_interleaved(
             calls, reference, device=subject.device, limits=limits, generator=seeded(seed, 2),
             on_progress=on_progress,

@@ -4,6 +4,7 @@ Nothing here is required: where a counter is not there or may not be read, there
 """
 
 import importlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 
 RAPL = Path("/sys/class/powercap")
 Counter = Callable[[], float]
+NVML_STEP_S, RAPL_STEP_S = 0.1, 0.001
+NUM_STEPS = 5
+"""Of the counter, that calls are repeated for which are short against one."""
 
 
 class EnergyMeter:
@@ -18,14 +22,47 @@ class EnergyMeter:
 
     Args:
         device: whose energy; for a CPU that of all its packages, whatever runs on them.
+
+    Attributes:
+        step_s: about how often the counter moves. A call that is not much longer says nothing by itself.
     """
 
     def __init__(self, device: torch.device, rapl: Path = RAPL) -> None:
-        self._counter = _nvml_counter(device) if device.type == "cuda" else _rapl_counter(rapl)
+        is_gpu = device.type == "cuda"
+        self._counter = _nvml_counter(device) if is_gpu else _rapl_counter(rapl)
+        self.step_s = NVML_STEP_S if is_gpu else RAPL_STEP_S
 
     def read_mj(self) -> float | None:
         """Millijoules since some moment; None where nobody tells."""
         return self._counter() if self._counter is not None else None
+
+    def measure_mj(self, call: Callable[[], object]) -> float | None:
+        """Millijoules of a call that is short against a step: it is repeated from one step to a later one.
+
+        Args:
+            call: returns when the device is done.
+
+        Returns:
+            None where nobody tells, or the counter stands still.
+        """
+        if self._counter is None:
+            return None
+        deadline = time.monotonic() + 10 * NUM_STEPS * self.step_s
+        first, num_calls, num_steps = self._counter(), 0, -1  # until the counter moves, calls do not count
+        last = first
+        while num_steps < NUM_STEPS:
+            if time.monotonic() > deadline:
+                return None
+            call()
+            num_calls += 1
+            now = self._counter()
+            if now == last:
+                continue
+            last = now
+            num_steps += 1
+            if num_steps == 0:
+                first, num_calls = now, 0
+        return (last - first) / num_calls
 
 
 def _rapl_counter(folder: Path) -> Counter | None:

@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ MAX_WARM_UP = 30
 REFERENCE_EVERY = 3  # calls
 NUM_NEAREST = 5  # references that a time is compared with
 MAX_DRIFT = 0.1
+LONG_IN_STEPS = 10  # of the energy counter: from there on, one call tells what it used
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,12 @@ def time_interleaved(
             break
         if num_rounds >= limits.min_rounds:
             open_calls = [index for index in open_calls if timings[index].half_width > limits.max_half_width]
-    return Timings(tuple(_timings(samples, references)), tuple(references))
+    timings = _timings(samples, references)
+    for index, timing in enumerate(timings):
+        if timing.energy_mj is not None and timing.median_ms < LONG_IN_STEPS * 1000 * meter.step_s:
+            energy_mj = meter.measure_mj(partial(time_once_ms, calls[index], device))
+            timings[index] = replace(timing, energy_mj=energy_mj)
+    return Timings(tuple(timings), tuple(references))
 
 
 def warm_up(call: Call, device: torch.device) -> list[float]:

@@ -153,6 +153,25 @@ def test_energy_is_that_of_a_call(clock: Clock, tmp_path: Path, monkeypatch: pyt
     assert found.calls[0].energy_mj == pytest.approx(3)
 
 
+def test_energy_of_a_call_that_is_short_against_the_counter(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, whose counter moves ten times a second: differences around a call are nothing or far off."""
+    meter = EnergyMeter(CPU, rapl(tmp_path, 0))
+    meter.step_s = 0.1
+    monkeypatch.setattr(timing, "EnergyMeter", lambda device: meter)
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+
+    def call() -> None:
+        clock.now += 0.0107
+        counter.write_text(str(int(clock.now / meter.step_s) * 30_000))  # 0.3 W
+
+    found = interleaved([call], clock.call(0.01))
+    assert found.calls[0].energy_mj == pytest.approx(0.3 * 10.7, rel=0.04)
+    counter_stands = EnergyMeter(CPU, rapl(tmp_path, 0))
+    assert counter_stands.measure_mj(clock.call(0.01)) is None
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the memory of a call"
 )
