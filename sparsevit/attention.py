@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevit.linear import is_fused, is_fused_in_graph, linear
+from sparsevit.linear import is_fused, is_fused_in_graph
 from sparsevit.wide import rearrange
 from sparsevit.windows import WindowGrid
 
@@ -19,7 +19,10 @@ MIN_SUM = 1e-30
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside every window, blind to which windows it is given."""
+    """Multi-head self-attention inside every window, blind to which windows it is given.
+
+    Its projections are computed by the block, joined with what surrounds them.
+    """
 
     def __init__(self, channels: int, num_heads: int, window_size: int) -> None:
         super().__init__()
@@ -38,10 +41,6 @@ class WindowAttention(nn.Module):
         if grid.mask_TNN is None:
             return bias
         return bias + grid.mask_TNN[:, None].to(bias.dtype) * MASKED_LOGIT
-
-    def forward(self, x_PNC: Tensor, logit_bias: Tensor) -> Tensor:
-        """Attend inside windows: [P, N, C] and a bias that broadcasts to [P, heads, N, N]."""
-        return linear(self.attend(linear(x_PNC, self.qkv), logit_bias), self.proj)
 
     def attend(self, qkv_PNC: Tensor, logit_bias: Tensor, mask_type_P: Tensor | None = None) -> Tensor:
         """Attention between the projections: queries, keys and values, [P, N, 3 · C], to [P, N, C].

@@ -165,16 +165,12 @@ class WindowChunk:
 
 
 class Mlp(nn.Module):
-    """The feed-forward network."""
+    """The layers of a feed-forward network, which the block computes joined with what surrounds them."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = (join(layer, x.device, x.dtype) for layer in (self.fc1, self.fc2))
-        return fc2(fc1.gelu(x))
 
 
 class Products(NamedTuple):
@@ -249,25 +245,31 @@ class SwinBlock(nn.Module):
         """All windows at once, the padding too; what comes before and after a product is one kernel."""
         from sparsevit import gpu_kernels
 
-        grid, rows_S = windows.grid, windows.rows_PN.flatten()
-        num_windows, num_positions = windows.rows_PN.shape
-        sink = windows.num_images * grid.num_tokens
+        rows_S = windows.rows_PN.flatten()
+        sink = windows.num_images * windows.grid.num_tokens
         with torch.autocast(x_RC.device.type, enabled=False):
-            qkv_SC = products.qkv(gpu_kernels.normalize(x_RC, self.norm1, dtype, rows_S, sink))
-            bias_THNN = gpu_kernels.tile_bias(
-                self.attn.relative_position_bias_table, self.attn.window_size, grid.mask_TNN, dtype
-            )
-            attended_PNC = gpu_kernels.attend(
-                qkv_SC.view(num_windows, num_positions, -1),
-                bias_THNN,
-                windows.mask_type_P,
-                self.attn.num_heads,
-            )
-            update_SC = products.proj(attended_PNC.flatten(0, 1))
-            normed = gpu_kernels.add_rows_(x_RC, rows_S, update_SC, sink, self.norm2, dtype)
-            update_SC = products.fc2(products.fc1.gelu(normed))
-            gpu_kernels.add_rows_(x_RC, rows_S, update_SC, sink)
+            attended_SC = self._attend_on_gpu(x_RC, windows, products.qkv, dtype)
+            update_SC = products.proj(attended_SC)
+            del attended_SC  # the hidden layer takes its memory
+            normed_SC = gpu_kernels.add_rows_(x_RC, rows_S, update_SC, sink, self.norm2, dtype)
+            del update_SC
+            gpu_kernels.add_rows_(x_RC, rows_S, products.fc2(products.fc1.gelu(normed_SC)), sink)
         return x_RC
+
+    def _attend_on_gpu(
+        self, x_RC: Tensor, windows: KeptWindows, qkv: JoinedLinear, dtype: torch.dtype
+    ) -> Tensor:
+        """LN1 and attention without the last projection, [S, C] with S = P · N."""
+        from sparsevit import gpu_kernels
+
+        grid, attn = windows.grid, self.attn
+        sink = windows.num_images * grid.num_tokens
+        qkv_SC = qkv(gpu_kernels.normalize(x_RC, self.norm1, dtype, windows.rows_PN.flatten(), sink))
+        bias_THNN = gpu_kernels.tile_bias(
+            attn.relative_position_bias_table, attn.window_size, grid.mask_TNN, dtype
+        )
+        qkv_PNC = qkv_SC.view(*windows.rows_PN.shape, -1)
+        return gpu_kernels.attend(qkv_PNC, bias_THNN, windows.mask_type_P, attn.num_heads).flatten(0, 1)
 
     def _update(
         self,

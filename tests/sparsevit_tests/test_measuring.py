@@ -156,7 +156,7 @@ def test_energy_is_that_of_a_call(clock: Clock, tmp_path: Path, monkeypatch: pyt
 def test_energy_of_a_call_that_is_short_against_the_counter(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on GPUs, whose counter moves ten times a second: differences around a call are nothing or far off."""
+    """As on GPUs, whose counter moves ten times a second: around a call it stands still, or jumps."""
     meter = EnergyMeter(CPU, rapl(tmp_path, 0))
     meter.step_s = 0.1
     monkeypatch.setattr(timing, "EnergyMeter", lambda device: meter)
