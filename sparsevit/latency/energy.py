@@ -15,6 +15,7 @@ Counter = Callable[[], float]
 NVML_STEP_S, RAPL_STEP_S = 0.1, 0.001
 NUM_STEPS = 5
 """Of the counter, that calls are repeated for which are short against one."""
+MAX_STILL_STEPS = 20
 
 
 class EnergyMeter:
@@ -47,21 +48,19 @@ class EnergyMeter:
         """
         if self._counter is None:
             return None
-        deadline = time.monotonic() + 10 * NUM_STEPS * self.step_s
         first, num_calls, num_steps = self._counter(), 0, -1  # until the counter moves, calls do not count
-        last = first
+        last, moved_at = first, time.monotonic()
         while num_steps < NUM_STEPS:
-            if time.monotonic() > deadline:
-                return None
             call()
             num_calls += 1
             now = self._counter()
-            if now == last:
-                continue
-            last = now
-            num_steps += 1
-            if num_steps == 0:
-                first, num_calls = now, 0
+            if now != last:
+                last, moved_at = now, time.monotonic()
+                num_steps += 1
+                if num_steps == 0:
+                    first, num_calls = now, 0
+            elif time.monotonic() - moved_at > MAX_STILL_STEPS * self.step_s:
+                return None
         return (last - first) / num_calls
 
 
