@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit.block import KeptWindows, SwinBlock
-from sparsevit.inference import compute_dtype, is_gpu_inference
+from sparsevit.inference import compute_dtype, is_gpu_inference, on_device
 from sparsevit.linear import linear
 from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
@@ -307,13 +307,14 @@ class SparseSwin(nn.Module):
 
     def run(self, images: Tensor, plans: Sequence[StagePlan]) -> list[Tensor]:
         """`forward` by plans that were made for these images' size and device."""
-        x_BHWC = self.patch_embed(images)
         features = []
-        for index, plan in enumerate(plans):
-            x_BHWC = self.stages[index](x_BHWC, plan)
-            features.append(self._normalize(x_BHWC, index).permute(0, 3, 1, 2))
-            if index < len(self.downsamples):
-                x_BHWC = self.downsamples[index](x_BHWC)
+        with on_device(images.device):
+            x_BHWC = self.patch_embed(images)
+            for index, plan in enumerate(plans):
+                x_BHWC = self.stages[index](x_BHWC, plan)
+                features.append(self._normalize(x_BHWC, index).permute(0, 3, 1, 2))
+                if index < len(self.downsamples):
+                    x_BHWC = self.downsamples[index](x_BHWC)
         return features
 
     def _normalize(self, x_BHWC: Tensor, stage: int) -> Tensor:

@@ -1,6 +1,8 @@
 """Where and how a computation runs, here and now: what decides whether a faster way to it may be taken."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,13 @@ def _takes_kernels(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
         and find_spec("triton") is not None
     )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, where Triton launches kernels; a compiler takes care of that itself."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def can_keep(device: torch.device) -> bool:
