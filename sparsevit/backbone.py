@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit.block import KeptWindows, SwinBlock
-from sparsevit.inference import compute_dtype, is_gpu_inference, on_device
+from sparsevit.inference import compute_dtype, is_bare, is_bare_norm, is_gpu_inference, on_device
 from sparsevit.linear import linear
 from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
@@ -71,10 +71,12 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patch_size = self.proj.kernel_size[0]
         dtype = compute_dtype(images)
-        if is_gpu_inference(images.device, dtype):
+        is_plain = is_bare(self.proj, nn.Conv2d) and is_bare_norm(self.norm)
+        if is_plain and is_gpu_inference(images.device, dtype):
             from sparsevit import gpu_kernels
 
-            return gpu_kernels.embed_patches(images.contiguous(), self.proj, self.norm, dtype)
+            if gpu_kernels.fits_patches(self.proj):
+                return gpu_kernels.embed_patches(images, self.proj, self.norm, dtype, _norm_dtype(images))
         images = images[:, :, : images.shape[2] // patch_size * patch_size]
         return apply_in_parts(self._embed, images, dim=2, multiple=patch_size)
 
@@ -94,7 +96,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         dtype = compute_dtype(x_BHWC)
-        if is_gpu_inference(x_BHWC.device, dtype):
+        if is_bare_norm(self.norm) and is_gpu_inference(x_BHWC.device, dtype):
             from sparsevit import gpu_kernels
 
             return linear(gpu_kernels.merge_corners(x_BHWC, self.norm, dtype), self.reduction)
@@ -129,7 +131,10 @@ class SparseStage(nn.Module):
         """
         num_images, height, width, channels = x_BHWC.shape
         x_RC = x_BHWC.reshape(-1, channels)
-        is_on_gpu = not self.training and is_gpu_inference(x_RC.device, compute_dtype(x_RC))
+        is_on_gpu = is_gpu_inference(x_RC.device, compute_dtype(x_RC)) and all(
+            block.takes_kernels()  # type: ignore[operator]
+            for block in self.blocks
+        )
         is_padded = height % self.window_size > 0 or width % self.window_size > 0
         if is_padded and not (is_on_gpu and self.pruned == "identity"):  # those kernels leave padding alone
             x_RC = torch.cat((x_RC, x_RC.new_zeros(1, channels)))  # the sink row of the padding
@@ -155,7 +160,7 @@ class SparseStage(nn.Module):
                         kept_BK = select_windows(rankings[grid_id], step.num_kept)
                     kept[grid_id, step.num_kept] = KeptWindows.gather(step.grid, kept_BK, num_images)
             windows = kept[grid_id, step.num_kept]
-            x_RC = block(x_RC, windows)
+            x_RC = block(x_RC, windows, is_on_gpu)
             if step.num_kept is not None and self.pruned == "zero":
                 is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_PN.flatten(), 1.0)
                 x_RC = x_RC * is_kept_R1
@@ -319,13 +324,12 @@ class SparseSwin(nn.Module):
 
     def _normalize(self, x_BHWC: Tensor, stage: int) -> Tensor:
         norm: nn.LayerNorm = self.norms[stage]  # type: ignore[assignment]
-        if not is_gpu_inference(x_BHWC.device, compute_dtype(x_BHWC)):
+        if not (is_bare_norm(norm) and is_gpu_inference(x_BHWC.device, compute_dtype(x_BHWC))):
             out: Tensor = norm(x_BHWC)
             return out
         from sparsevit import gpu_kernels
 
-        is_autocast = torch.is_autocast_enabled(x_BHWC.device.type)
-        return gpu_kernels.normalize(x_BHWC, norm, torch.float32 if is_autocast else x_BHWC.dtype)
+        return gpu_kernels.normalize(x_BHWC, norm, _norm_dtype(x_BHWC))
 
     def specialize(self, sparsity: SparsityVector, image_size: tuple[int, int]) -> "SpecializedSwin":
         """The vector made permanent: a module of static shapes for compilers and exporters.
@@ -370,6 +374,11 @@ def create_backbone(
         frozen_stages=frozen_stages,
         checkpoints=checkpoints,
     )
+
+
+def _norm_dtype(x: Tensor) -> torch.dtype:
+    """What LayerNorm returns of `x`: float32 under autocast."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _initialize(module: nn.Module) -> None:

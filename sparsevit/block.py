@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsevit.attention import WindowAttention
-from sparsevit.inference import can_keep, compute_dtype, is_gpu_inference, is_inference
+from sparsevit.inference import can_keep, compute_dtype, is_bare_norm, is_inference
 from sparsevit.linear import JoinedLinear, is_fused, join
 from sparsevit.wide import scatter_rows_
 from sparsevit.windows import WindowGrid
@@ -208,17 +208,33 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
 
-    def forward(self, x_RC: Tensor, windows: KeptWindows) -> Tensor:
+    def takes_kernels(self) -> bool:
+        """Whether the kernels for GPUs compute what this block does."""
+        from sparsevit import gpu_kernels
+
+        attn = self.attn
+        width = attn.qkv.in_features // attn.num_heads
+        return (
+            not self.training
+            and is_bare_norm(self.norm1)
+            and is_bare_norm(self.norm2)
+            and gpu_kernels.fits_attention(attn.window_size, width)
+        )
+
+    def forward(self, x_RC: Tensor, windows: KeptWindows, is_on_gpu: bool = False) -> Tensor:
         """Update the rows of the kept windows in place and return the residual stream.
 
         In place is safe under autograd: nothing saves the stream itself for the backward pass.
         Padding is zero after LN1 and takes part in attention, as in every dense Swin. For inference
         on a CPU the windows go through in chunks whose intermediates stay in its cache.
+
+        Args:
+            is_on_gpu: take the kernels for GPUs, and windows by `KeptWindows.select_on_gpu`.
         """
         dtype = compute_dtype(x_RC)
         layers = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         products = Products(*(join(layer, x_RC.device, dtype) for layer in layers))
-        if is_gpu_inference(x_RC.device, dtype) and not self.training:
+        if is_on_gpu:
             return self._forward_on_gpu(x_RC, windows, products, dtype)
         is_fast = is_fused(x_RC.device, dtype) and not self.training
         if is_fast:

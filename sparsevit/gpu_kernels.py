@@ -15,24 +15,37 @@ from torch import Tensor, nn
 
 ELEMENTS = 4096
 """What a program of a kernel that goes over rows takes at once."""
+MAX_TILE_BYTES = 96 * 2**10
+"""Of shared memory: what every GPU since Ampere gives a program, or a little more."""
 MASKED_LOGIT = tl.constexpr(-100.0)
+MAX_SCORE = tl.constexpr(3.0e38)  # so that an infinite score comes after one that is not a number
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def embed_patches(images: Tensor, proj: nn.Conv2d, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-    """Cut, embed and normalise: [B, 3, h, w] to [B, H, W, C] in the images' dtype."""
+def fits_patches(proj: nn.Conv2d) -> bool:
+    """Whether `embed_patches` finds room for a convolution in the shared memory of any GPU."""
+    block_k = triton.next_power_of_2(proj.weight[0].numel())
+    tile = block_k * (64 + triton.next_power_of_2(proj.out_channels))
+    return proj.bias is not None and bool(2 * tile <= MAX_TILE_BYTES)
+
+
+def embed_patches(
+    images: Tensor, proj: nn.Conv2d, norm: nn.LayerNorm, dtype: torch.dtype, out_dtype: torch.dtype
+) -> Tensor:
+    """Cut, embed and normalise: [B, 3, h, w] to [B, H, W, C] in `out_dtype`; products in `dtype`."""
+    images = images.contiguous()
     patch = proj.kernel_size[0]
     num_images, num_colors, image_height, image_width = images.shape
     height, width = image_height // patch, image_width // patch
     channels = proj.out_channels
-    out = images.new_empty(num_images, height, width, channels)
+    out = torch.empty(num_images, height, width, channels, dtype=out_dtype, device=images.device)
     num_tokens = num_images * height * width
     block_c = triton.next_power_of_2(channels)
     _embed_patches[(triton.cdiv(num_tokens, 64),)](
-        images, proj.weight.to(dtype), proj.bias, norm.weight, norm.bias, out,
+        images, proj.weight.to(dtype).contiguous(), proj.bias, norm.weight, norm.bias, out,
         num_tokens, image_height, image_width, height, width, norm.eps,
         COLORS=num_colors, PATCH=patch, C=channels,
-        BLOCK_C=block_c, BLOCK_K=triton.next_power_of_2(num_colors * patch**2), BLOCK_S=64,
+        BLOCK_C=block_c, BLOCK_K=max(16, triton.next_power_of_2(num_colors * patch**2)), BLOCK_S=64,
         num_warps=4 if block_c <= 128 else 8,
     )  # fmt: skip
     return out
@@ -102,6 +115,7 @@ def add_rows_(
 def score_rows(x_BLC: Tensor, order: int) -> Tensor:
     """Mean of ``|x|`` over the channels (`order` 1) or their L2 norm (2): [B, L] in float32."""
     num_images, num_tokens, channels = x_BLC.shape
+    x_BLC = x_BLC.contiguous()
     out = torch.empty(num_images, num_tokens, dtype=torch.float32, device=x_BLC.device)
     block_c, block_s, num_warps = _row_blocks(channels)
     _score_rows[(triton.cdiv(out.numel(), block_s),)](
@@ -115,6 +129,16 @@ def score_rows(x_BLC: Tensor, order: int) -> Tensor:
         num_warps=num_warps,
     )
     return out
+
+
+def fits_attention(window_size: int, width: int) -> bool:
+    """Whether `attend` finds room for the keys and values of a window in the shared memory of any GPU.
+
+    Args:
+        width: D.
+    """
+    tile = triton.next_power_of_2(window_size**2) * triton.next_power_of_2(width)
+    return bool(3 * tile <= MAX_TILE_BYTES)
 
 
 def attend(qkv_PNC: Tensor, bias_THNN: Tensor, mask_type_P: Tensor | None, num_heads: int) -> Tensor:
@@ -145,7 +169,7 @@ def tile_bias(table: Tensor, window_size: int, mask_TNN: Tensor | None, dtype: t
     num_types = 1 if mask_TNN is None else len(mask_TNN)
     out = torch.empty(num_types, num_heads, block_n, block_n, dtype=dtype, device=table.device)
     _tile_bias[(num_types * num_heads, block_n // 8)](
-        table, mask_TNN, out,
+        table.contiguous(), mask_TNN, out,
         HAS_MASK=mask_TNN is not None, H=num_heads, WINDOW=window_size, BLOCK_N=block_n, BLOCK_Q=8,
     )  # fmt: skip
     return out
@@ -154,6 +178,7 @@ def tile_bias(table: Tensor, window_size: int, mask_TNN: Tensor | None, dtype: t
 def score_windows(scores_BL: Tensor, tokens_MN: Tensor) -> Tensor:
     """Sum of the squares of the tokens' scores, for every window: [B, M]; padding counts as zero."""
     num_images, num_tokens = scores_BL.shape
+    scores_BL = scores_BL.contiguous()
     num_windows, num_positions = tokens_MN.shape
     out = scores_BL.new_empty(num_images, num_windows)
     block_n = triton.next_power_of_2(num_positions)
@@ -385,12 +410,12 @@ def _select_rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     scores_ptr += image * num_windows
     score = tl.load(scores_ptr + m, mask=m < num_windows, other=0.0)
-    score = tl.where(score == score, score, float("inf"))
+    score = tl.where(score == score, tl.minimum(score, MAX_SCORE), float("inf"))
     rank = tl.zeros([BLOCK_M], tl.int32)  # how many windows are before
     for start in range(0, num_windows, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         other = tl.load(scores_ptr + j, mask=j < num_windows, other=-1.0)
-        other = tl.where(other == other, other, float("inf"))
+        other = tl.where(other == other, tl.minimum(other, MAX_SCORE), float("inf"))
         is_tie = (other[None, :] == score[:, None]) & (j[None, :] < m[:, None])
         is_before = (other[None, :] > score[:, None]) | is_tie
         rank += tl.sum(is_before.to(tl.int32), axis=1)

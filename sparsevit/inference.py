@@ -1,11 +1,12 @@
 """Where and how a computation runs, here and now: what decides whether a faster way to it may be taken."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
@@ -49,14 +50,41 @@ def is_gpu_inference(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+_works: dict[torch.device, bool] = {}
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _takes_kernels(device: torch.device) -> bool:
-    is_nvidia = torch.version.cuda is not None
-    return (
-        is_nvidia
-        and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
-        and find_spec("triton") is not None
-    )
+    if device not in _works:
+        if torch.cuda.is_current_stream_capturing():  # nothing can be tried while a graph is captured
+            return torch.version.cuda is not None and find_spec("triton") is not None
+        _works[device] = _try_kernels(device)
+    return _works[device]
+
+
+def _try_kernels(device: torch.device) -> bool:
+    """Triton needs more than its package: a GPU that it knows, a driver, a C compiler."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    try:
+        from sparsevit import gpu_kernels
+
+        with torch.no_grad(), on_device(device):
+            found = gpu_kernels.score_rows(torch.ones(1, 2, 16, device=device), 1)
+        return bool((found == 1).all())
+    except Exception as error:  # noqa: BLE001  (whatever it is, there is another way)
+        warnings.warn(f"inference on {device} goes without the kernels for GPUs: {error}", stacklevel=2)
+        return False
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes just what its kind does, so that another way to it may be taken."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def is_bare_norm(module: nn.Module) -> bool:
+    """Whether a module is a plain LayerNorm over channels, with weight and bias."""
+    return is_bare(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsevit.inference import is_compiled_inference, is_cpu_inference, is_gpu_inference
+from sparsevit.inference import is_bare, is_compiled_inference, is_cpu_inference, is_gpu_inference
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _NUM_SAMPLES = 64
@@ -40,12 +40,13 @@ def join(layer: nn.Linear, device: torch.device, dtype: torch.dtype) -> JoinedLi
 
     It holds until the weights change: take it anew at every forward pass.
     """
-    is_bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    if is_bare and is_fused(device, dtype):
+    if not is_bare(layer, nn.Linear):
+        return _Plain(layer, torch.is_autocast_enabled(device.type))
+    if is_fused(device, dtype):
         return _Packed(_packed(layer.weight, dtype), _cast(layer.bias, dtype))
-    if is_bare and is_fused_in_graph(device, dtype):
+    if is_fused_in_graph(device, dtype):
         return _Traced(layer)
-    if is_bare and is_gpu_inference(device, dtype):
+    if is_gpu_inference(device, dtype):
         return _OnGpu(layer.weight.to(dtype), _cast(layer.bias, dtype))
     return _Plain(layer, torch.is_autocast_enabled(device.type))
 

@@ -81,13 +81,14 @@ def backbone_subject(
         require_memory(lambda: measured(draw(1)), device, batch_size)
     images = draw(batch_size)
     with tempfile.TemporaryDirectory(prefix="sparsevit-onnx-") as folder, _room_for_graphs(runtime):
+        pool = torch.cuda.graph_pool_handle() if runtime == "cuda_graph" else None
 
         def call_of(vector: SparsityVector) -> Call:
             eager = partial(measured, images, vector)
             if runtime == "eager":
                 return eager
             if runtime == "cuda_graph":
-                return graphed_call(eager, device)
+                return graphed_call(eager, device, pool)
             return specialized_call(measured, images, vector, runtime, Path(folder))
 
         yield Subject(BACKBONE, backbone.config, batch_size, image_size, dtype, runtime, device, call_of)
@@ -225,10 +226,13 @@ def _room_for_graphs(runtime: str) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def graphed_call(call: Call, device: torch.device) -> Call:
+def graphed_call(call: Call, device: torch.device, pool: Any = None) -> Call:
     """A forward pass as a CUDA graph, which the device gets as a whole; what it returns is dropped.
 
     In eager mode a GPU waits for Python to launch its kernels, hundreds in a pass, whatever they compute.
+
+    Args:
+        pool: of memory, by `torch.cuda.graph_pool_handle`, for graphs that never run at the same time.
     """
     with torch.cuda.device(device):
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -238,7 +242,7 @@ def graphed_call(call: Call, device: torch.device) -> Call:
                 call()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             call()
     replay: Call = graph.replay
     return replay

@@ -146,3 +146,14 @@ def test_score_of_another_shape() -> None:
 def test_vector_of_another_depth() -> None:
     with pytest.raises(ValueError, match=r"has 6 ratios, but depths \[2, 2, 2\] need 3"):
         tiny()(IMAGES, SparsityVector((0.0,) * 6))
+
+
+def test_random_scores_are_the_same_everywhere_and_spread_evenly() -> None:
+    x = torch.zeros(2, 4000, 3)
+    scores = SCORES["random"](x)
+    compiled = torch.compile(SCORES["random"], fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), scores)
+    assert scores.min() >= 0 and scores.max() < 1
+    counts = torch.histc(scores, bins=10, min=0, max=1)
+    assert (counts - 800).abs().max() < 120
+    assert not torch.equal(scores[0], scores[1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsevit import SparseSwin, SparsityVector, backbone, block, linear, scoring
+from sparsevit import SparseSwin, SparsityVector, backbone, linear, scoring
 from sparsevit.attention import WindowAttention
 from sparsevit.backbone import PatchEmbedding, PatchMerging
 from sparsevit.block import KeptWindows
@@ -33,7 +33,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     torch.manual_seed(0)
     if not HAS_GPU:
-        for module in (backbone, block, linear, scoring):
+        for module in (backbone, linear, scoring):
             monkeypatch.setattr(module, "is_gpu_inference", takes_kernels)
     with torch.inference_mode():
         yield
@@ -68,8 +68,8 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=2 * bound)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (39, 50), (4, 4)])
-@pytest.mark.parametrize(("channels", "patch_size"), [(24, 4), (96, 4), (32, 2)])
+@pytest.mark.parametrize("size", [(64, 64), (39, 50), (14, 14)])
+@pytest.mark.parametrize(("channels", "patch_size"), [(24, 4), (96, 4), (32, 2), (32, 1), (192, 8), (96, 14)])
 def test_embeds_patches(dtype: torch.dtype, size: tuple[int, int], channels: int, patch_size: int) -> None:
     layer = random_of(PatchEmbedding(channels, patch_size), dtype)
     images = draw(2, 3, *size, dtype=dtype)
@@ -151,7 +151,7 @@ def test_selects_what_the_ranking_selects(size: tuple[int, int], shift: int, rat
     grid: WindowGrid = window_grid(size, 4, (shift, shift), DEVICE)
     scores_BL = torch.rand(3, grid.num_tokens, device=DEVICE)
     scores_BL[1, : grid.num_tokens // 2] = 0.5  # ties
-    scores_BL[2, 5] = torch.nan
+    scores_BL[2, 5], scores_BL[2, 0] = torch.nan, torch.inf
     num_kept = max(1, round(grid.num_windows * (1 - ratio)))
     found = KeptWindows.select_on_gpu(grid, scores_BL, num_kept, 3)
     kept_BK = scoring.rank_windows(scores_BL, grid)[:, :num_kept]
@@ -205,6 +205,63 @@ def test_hooks_of_layers_are_respected(dtype: torch.dtype) -> None:
     with torch.autocast(DEVICE.type, dtype):
         swin(torch.randn(1, 3, 32, 32, device=DEVICE))
     assert set(called) == set(layers)
+
+
+def assert_as_plain(swin: SparseSwin, dtype: torch.dtype) -> None:
+    """Features by the kernels are those of the generic way."""
+    images, vector = draw(2, 3, 52, 77, dtype=dtype), SparsityVector((0.5, 0.3, 0.7, 0.4))
+    expected = copy.deepcopy(swin).double()(images.double(), vector)
+    for found, feature in zip(swin.to(dtype)(images, vector), expected, strict=True):
+        assert (found.double() - feature).norm() < 4 * TOLERANCE[dtype] * feature.norm()
+
+
+def test_weights_in_channels_last_layout(dtype: torch.dtype) -> None:
+    swin = random_backbone().to(DEVICE)
+    assert_as_plain(swin.to(memory_format=torch.channels_last), dtype)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda x: torch.arange(x.shape[1], device=x.device).sin().float().expand(len(x), -1),
+        lambda x: x[..., 0].float(),
+        lambda x: scoring.mean_abs(x[..., :8]),
+    ],
+)
+def test_scores_of_the_user_in_any_layout(dtype: torch.dtype, score: scoring.Score) -> None:
+    swin = random_backbone().to(DEVICE)
+    for stage in swin.stages:
+        stage.score = score  # type: ignore[assignment]
+    assert_as_plain(swin, dtype)
+
+
+def test_hooks_of_norms_and_other_norms_are_respected(dtype: torch.dtype) -> None:
+    swin = random_backbone().to(DEVICE)
+    swin.norms[0] = nn.Identity()
+    swin.norms[1] = nn.LayerNorm(TINY.embed_dim * 2, elementwise_affine=False)
+    block = swin.get_submodule("stages.2.blocks.1")
+    block.norm2 = nn.LayerNorm(TINY.embed_dim * 4, bias=False).to(DEVICE)
+    kinds = (nn.LayerNorm, nn.Conv2d)
+    modules = [module for module in swin.modules() if isinstance(module, kinds)]
+    called: list[nn.Module] = []
+
+    def double(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        called.append(module)
+        return 2 * output
+
+    for module in modules:
+        module.register_forward_hook(double)
+    assert_as_plain(swin, dtype)
+    called.clear()
+    swin(draw(1, 3, 32, 32, dtype=dtype))
+    assert set(modules) <= set(called)
+
+
+def test_a_block_in_training_mode_takes_no_kernels(dtype: torch.dtype) -> None:
+    """As for stochastic depth at test time; with padding and pruned windows."""
+    swin = random_backbone().to(DEVICE)
+    swin.get_submodule("stages.1.blocks.2").train()
+    assert_as_plain(swin, dtype)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
