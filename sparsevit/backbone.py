@@ -21,7 +21,7 @@ from sparsevit.linear import linear
 from sparsevit.parts import apply_in_parts
 from sparsevit.scoring import Score, find_score, rank_windows, score_tokens, select_windows
 from sparsevit.sparsity import SparsitySpace, SparsityVector, check_fits
-from sparsevit.windows import StagePlan, plan_stage
+from sparsevit.windows import BlockPlan, StagePlan, plan_stage
 
 if TYPE_CHECKING:
     from sparsevit.specialized import SpecializedSwin
@@ -146,25 +146,33 @@ class SparseStage(nn.Module):
             if step.num_kept is not None and scores_BL is None:
                 tokens_BLC = x_RC[:num_rows].view(num_images, -1, channels)
                 scores_BL = score_tokens(tokens_BLC, self.score)
-            grid_id = id(step.grid)
-            if (grid_id, step.num_kept) not in kept:
-                if is_on_gpu and step.num_kept is not None and scores_BL is not None:
-                    kept[grid_id, step.num_kept] = KeptWindows.select_on_gpu(
-                        step.grid, scores_BL, step.num_kept, num_images
-                    )
-                else:
-                    kept_BK = None
-                    if step.num_kept is not None and scores_BL is not None:
-                        if grid_id not in rankings:
-                            rankings[grid_id] = rank_windows(scores_BL, step.grid)
-                        kept_BK = select_windows(rankings[grid_id], step.num_kept)
-                    kept[grid_id, step.num_kept] = KeptWindows.gather(step.grid, kept_BK, num_images)
-            windows = kept[grid_id, step.num_kept]
+            key = id(step.grid), step.num_kept
+            if key not in kept:
+                kept[key] = _keep(step, scores_BL, rankings, num_images, is_on_gpu)
+            windows = kept[key]
             x_RC = block(x_RC, windows, is_on_gpu)
             if step.num_kept is not None and self.pruned == "zero":
                 is_kept_R1 = x_RC.new_zeros(len(x_RC), 1).index_fill_(0, windows.rows_PN.flatten(), 1.0)
                 x_RC = x_RC * is_kept_R1
         return x_RC[:num_rows].view(num_images, height, width, channels)
+
+
+def _keep(
+    step: BlockPlan, scores_BL: Tensor | None, rankings: dict[int, Tensor], num_images: int, is_on_gpu: bool
+) -> KeptWindows:
+    """The windows that a block computes, by the scores of its stage's tokens.
+
+    Args:
+        rankings: of the windows of grids that have been ranked, by the identity of the grid.
+    """
+    if step.num_kept is None or scores_BL is None:
+        return KeptWindows.gather(step.grid, None, num_images)
+    if is_on_gpu:
+        return KeptWindows.select_on_gpu(step.grid, scores_BL, step.num_kept, num_images)
+    if id(step.grid) not in rankings:
+        rankings[id(step.grid)] = rank_windows(scores_BL, step.grid)
+    kept_BK = select_windows(rankings[id(step.grid)], step.num_kept)
+    return KeptWindows.gather(step.grid, kept_BK, num_images)
 
 
 class SparseSwin(nn.Module):
