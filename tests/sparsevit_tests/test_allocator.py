@@ -14,10 +14,12 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(3):
     torch.ones(12 * 2**20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+faults = []
+for _ in range(11):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(12 * 2**20)  # 48 MiB
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[5])  # beside other work the block may have to move once
 """
 
 
