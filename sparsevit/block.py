@@ -29,7 +29,8 @@ class KeptWindows:
 
     Attributes:
         rows_PN: row of the residual stream for every token of every kept window; the sink for padding.
-        is_padding_PN: the positions that are padding, or None if there are none.
+        is_padding_PN: the positions that are padding, or None if there are none; also None by
+            `select_on_gpu`, as the kernels know padding by its row.
         mask_type_P: which attention mask applies, or None if the grid has none.
         positions_S: the positions that are not padding, as numbers into P · N, where they are known
             before any image: if all windows are kept.
