@@ -18,6 +18,31 @@ class TaskSchema:
 
 
 @dataclass
+class PhotoInputSchema:
+    """As `sparsevit.tasks.mask_rcnn.PhotoInput`."""
+
+    longest_side: int = MISSING
+    shortest_side: int = MISSING
+    fixed_size: list[int] | None = None
+    divisor: int = MISSING
+    resize: str = MISSING
+
+
+@dataclass
+class ConventionsSchema:
+    """As `sparsevit.tasks.mask_rcnn.Conventions`."""
+
+    roi_aligned: bool = MISSING
+    roi_sampling_ratio: int = MISSING
+    rounded_anchors: bool = MISSING
+    anchor_strides: list[int] = MISSING
+    anchor_ratios: list[float] = MISSING
+    proposal_weights: list[float] = MISSING
+    box_weights: list[float] = MISSING
+    mask_pasting: str = MISSING
+
+
+@dataclass
 class InstanceSegmentationSchema(TaskSchema):
     """As `sparsevit.tasks.mask_rcnn.MaskRCNNConfig`."""
 
@@ -27,9 +52,16 @@ class InstanceSegmentationSchema(TaskSchema):
     box_channels: int = MISSING
     mask_channels: int = MISSING
     smallest_anchor: int = MISSING
-    num_proposals: int = MISSING
     num_rois_per_image: int = MISSING
+    num_proposals: int = MISSING
+    num_proposals_per_level: int = MISSING
     num_detections: int = MISSING
+    proposal_overlap: float = MISSING
+    detection_overlap: float = MISSING
+    score_threshold: float = MISSING
+    mask_threshold: float = MISSING
+    input: PhotoInputSchema = field(default_factory=PhotoInputSchema)
+    conventions: ConventionsSchema = field(default_factory=ConventionsSchema)
 
 
 @dataclass

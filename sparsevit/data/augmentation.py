@@ -8,10 +8,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize
 
-from sparsevit.data.sample import IGNORED, Sample, Transform
+from sparsevit.data.sample import IGNORED, IMAGE_MEAN, Sample, Transform
 
 GREY = 128
-"""Where a crop reaches beyond the image."""
+MEAN = [round(255 * share) for share in IMAGE_MEAN]
+"""Where a crop reaches beyond the image; the mean is 0 once it is normalised, as padding is in evaluation."""
 
 
 def instance_augmentation(image_size: int, scale_range: tuple[float, float]) -> Transform:
@@ -24,7 +25,7 @@ def instance_augmentation(image_size: int, scale_range: tuple[float, float]) -> 
         [
             v2.RandomHorizontalFlip(),
             v2.ScaleJitter((image_size, image_size), scale_range, antialias=True),
-            v2.RandomCrop(image_size, pad_if_needed=True),
+            v2.RandomCrop(image_size, pad_if_needed=True, fill={tv_tensors.Image: MEAN, tv_tensors.Mask: 0}),
             v2.SanitizeBoundingBoxes(min_size=2),
         ]
     )

@@ -10,7 +10,7 @@ from sparsevit.backbone import SparseSwin
 from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
-from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, SparseMaskRCNN, SparsePyramid
+from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, SparseMaskRCNN
 from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
@@ -44,9 +44,7 @@ class InstanceSegmentation:
 
     def backbone_of(self, model: nn.Module) -> SparseSwin:
         assert isinstance(model, SparseMaskRCNN)
-        pyramid = model.backbone
-        assert isinstance(pyramid, SparsePyramid)
-        return pyramid.body
+        return model.backbone.body
 
     def losses(self, model: nn.Module, batch: Batch, sparsity: SparsityVector | None) -> dict[str, Tensor]:
         device = next(model.parameters()).device
