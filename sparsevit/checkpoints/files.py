@@ -2,21 +2,36 @@
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
+from sparsevit.checkpoints.torch_files import NotWeightsError, read_torch_file
+from sparsevit.checkpoints.wrappers import unwrap
+
 Weights = dict[str, Tensor]
-_WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
 
 
 class CheckpointError(ValueError):
     """A weight file cannot be used; the message names the file, what is wrong and what would do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a file by name, and what the file says beside them.
+
+    Attributes:
+        weights: unwrapped, under the names of the network itself.
+        meta: what mmengine and mmcv note there: values, arrays, and stubs for objects of other classes.
+    """
+
+    path: Path
+    weights: Weights
+    meta: Mapping[str, Any]
 
 
 def mismatch_error(
@@ -32,40 +47,57 @@ def mismatch_error(
     return CheckpointError(f"{summary}. {' '.join(listed)}")
 
 
-def read_weights(path: Path) -> Weights:
-    """Read ``.safetensors``, a pickle by ``torch.load(weights_only=True)``, or a folder of either.
-
-    Tensors are mapped from disk where the file allows it, so that loading needs no second copy in
-    memory. A folder is one of Hugging Face's ``save_pretrained``, in one file or in shards.
-    Dictionaries that wrap the weights (averaged ones are preferred) are unwrapped, and the prefix
-    ``module.`` is cut off.
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights with values that are infinite or no numbers; needs no memory but for what it names.
 
     Raises:
-        CheckpointError: if the file is missing, corrupt, needs code to load, or holds no tensors.
+        CheckpointError: naming the first such tensors, and how many of their values are meant.
     """
-    if path.is_dir():
-        content: Any = {}
-        for file in _files_of_folder(path):
-            content |= _read_file(file)
-    elif path.is_file():
-        content = _read_file(path)
-    else:
-        raise CheckpointError(f"the checkpoint {path} does not exist")
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
-    weights = {
-        str(name).removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
-    if not weights:
-        raise CheckpointError(f"{path} holds no tensors")
-    return weights
+    faulty = []
+    for name, value in weights.items():
+        if value.is_floating_point() and value.numel():
+            limits = torch.stack(torch.aminmax(value if value.itemsize > 1 else value.float()))
+            if not limits.isfinite().all():
+                count = value.numel() - int(value.float().isfinite().sum())
+                faulty.append(f"{name} ({count} of {value.numel()} values)")
+    if faulty:
+        raise CheckpointError(
+            f"{path} holds NaN or infinity: {', '.join(faulty[:3])}{' …' if len(faulty) > 3 else ''} (in "
+            f"{len(faulty)} of {len(weights)} tensors). The training that wrote it diverged: take an earlier "
+            "checkpoint"
+        )
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights of `read_checkpoint`."""
+    return read_checkpoint(path).weights
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a file of safetensors, of `torch.save`, a pickle of NumPy arrays, or a folder of the first two.
+
+    What a file is, is seen from its content. Nothing in it is run: objects other than tensors and arrays are
+    left out. Tensors are mapped from disk where the file allows it, so that loading needs no second copy in
+    memory. A folder is one of Hugging Face's ``save_pretrained``, in one file or in shards.
+
+    Weights that are wrapped in dictionaries are found (averaged ones are preferred), and the prefixes of
+    `DistributedDataParallel`, fully sharded data parallelism, `torch.compile` and the like are cut off.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is corrupt or holds no tensors; the message says what
+            it is instead, and what would do.
+    """
+    files = _files_of_folder(path) if path.is_dir() else [path]
+    contents = [_read_file(file) for file in files]
+    content = (
+        {key: value for each in contents for key, value in each.items()} if path.is_dir() else contents[0]
+    )
+    try:
+        weights = unwrap(content)
+    except NotWeightsError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    meta = content.get("meta")
+    return Checkpoint(path, weights, meta if isinstance(meta, Mapping) else {})
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -82,25 +114,56 @@ def _files_of_folder(folder: Path) -> list[Path]:
             if missing:
                 raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}")
             return [folder / Path(shard).name for shard in shards]
+    if (folder / ".metadata").is_file():
+        raise CheckpointError(
+            f"{folder} is a distributed checkpoint, in pieces: join them by `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder}.pth`"
+        )
     raise CheckpointError(
         f"the folder {folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards"
     )
 
 
 def _read_file(path: Path) -> Any:
-    from safetensors.torch import load_file  # measuring a device needs torch alone
-
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"the checkpoint {path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+    wrong = _what_it_is(start)
+    if wrong is not None:
+        raise CheckpointError(f"{path} {wrong}")
+    try:
+        if start[8:9] == b"{":  # safetensors: eight bytes for the length of a header of JSON, which follows
+            from safetensors.torch import load_file  # measuring a device needs torch alone
+
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except pickle.UnpicklingError as error:
+        return read_torch_file(path)
+    except NotWeightsError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except Exception as error:  # a damaged file can fail anywhere, in any way
         raise CheckpointError(
-            f"{path} is not loadable with weights_only=True, or is corrupt: save its state_dict alone, "
-            f"best as .safetensors ({str(error).splitlines()[0]})"
+            f"{path} is corrupt or no weight file ({type(error).__name__}: {str(error)[:200]}): download it "
+            "again, or save a state dict, best as .safetensors"
         ) from error
-    except Exception as error:
-        raise CheckpointError(f"{path} is corrupt or no weight file: {error}") from error
+
+
+def _what_it_is(start: bytes) -> str | None:
+    """What a file is that is no weight file, from its first bytes, and what to do."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start:
+        return "is empty: it was not downloaded or written. Download or save it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself: run `git lfs pull` where it was cloned"
+    if text.startswith(b"<"):
+        return "is a web page, not a weight file: download it again, by the link of the file itself"
+    if text.startswith((b'{"', b"{\n", b"[{")):
+        return f"is text ({text[:60].decode(errors='replace')} …), not a weight file: download it again"
+    if start.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")) or start[257:262] == b"ustar":
+        return "is a packed archive: unpack it, and name the weight file in it"
+    return None
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
