@@ -71,6 +71,8 @@ def check(config: ConfigSchema) -> None:
     _one_of("tracking.trials", config.tracking.trials, TRIALS)
     _one_of("data.verify", config.data.verify, ("decode", "header", "none"))
     _one_of("init_classifier", config.init_classifier, ("load", "random"))
+    _one_of("init_heads", config.init_heads, ("load", "random"))
+    _one_of("init_settings", config.init_settings, ("checkpoint", "recipe"))
     if is_generated(config):
         generator(config)
     finetuned_vector(config)
@@ -388,6 +390,11 @@ def loads_classifier(config: ConfigSchema) -> bool:
     """
     is_foreign = config.init == "shipped" and not is_generated(config)
     return config.init_classifier == "load" and not is_foreign
+
+
+def loads_heads(config: ConfigSchema) -> bool:
+    """Whether the initial weights give anything but the backbone."""
+    return config.init_heads == "load"
 
 
 def generator(config: ConfigSchema) -> Callable[[Path, Callable[[], None]], None]:

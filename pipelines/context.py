@@ -14,10 +14,11 @@ from torch import nn
 
 from pipelines import build
 from pipelines.artifacts import ArtifactStore, StageResult, content_key, read_json, write_json
+from pipelines.initial import load_initial, read_initial, settled_task, told
 from pipelines.progress import progress_bar
 from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
-from sparsevit.checkpoints import load_model_weights
+from sparsevit.checkpoints import CheckpointError, ModelReport, read_weights
 from sparsevit.data.split import DataSplit
 from sparsevit.latency.machine import device_name
 from sparsevit.precision import autocast, resolve_precision
@@ -89,34 +90,36 @@ class Run:
 
     @cached_property
     def task(self) -> Task:
-        return build.task(self.config, len(self.train_set.class_names))
+        """The task, set as the initial weights need it."""
+        task = build.task(self.config, len(self.train_set.class_names))
+        imported = read_initial(self.config, task, self.train_set.class_names)
+        if imported is not None:
+            for sentence in told(self.config, task, imported):
+                logger.info("  %s", sentence)
+        return settled_task(self.config, task, imported)
 
-    def build_model(
-        self, weights: Path | None = None, *, loads_classifier: bool = True
-    ) -> tuple[nn.Module, tuple[str, ...]]:
-        """The whole model on the run's device, and the layers that `weights` did not cover."""
+    def build_model(self) -> nn.Module:
+        """The whole model with random weights, on the CPU."""
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            model = self.task.build_model(build.backbone(self.config))
-        uncovered = tuple(model.state_dict())
-        if weights is not None:
-            uncovered = load_model_weights(
-                model, self.task.backbone_of(model), weights,
-                class_layers=self.task.class_layers, foreign_names=self.task.foreign_names,
-                loads_classifier=loads_classifier,
-            )  # fmt: skip
-        return model.to(self.device), uncovered
+            return self.task.build_model(build.backbone(self.config))
 
-    def initial_model(self) -> tuple[nn.Module, tuple[str, ...]]:
-        """The model that training starts from, and its layers that are still random."""
-        return self.build_model(
-            build.initial_weights(self.config), loads_classifier=build.loads_classifier(self.config)
-        )
+    def initial_model(self) -> tuple[nn.Module, ModelReport | None]:
+        """The model that training starts from, on the run's device, and what its weights are of."""
+        model = self.build_model()
+        imported = read_initial(self.config, self.task, self.train_set.class_names)
+        report = None if imported is None else load_initial(self.config, self.task, model, imported)
+        return model.to(self.device), report
 
     def model_of(self, stage: str) -> nn.Module:
         """The model that a finished stage left."""
-        model, _ = self.build_model(self.results[stage].folder / WEIGHTS_FILE)
-        return model
+        path = self.results[stage].folder / WEIGHTS_FILE
+        model = self.build_model()
+        try:
+            model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not fit the model of this run: {error}") from error
+        return model.to(self.device)
 
     def accuracy(
         self, stage: str, dataset: DataSplit, sparsity: SparsityVector, label: str

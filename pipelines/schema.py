@@ -296,6 +296,8 @@ class ConfigSchema:
     device: str = MISSING
     init: str = MISSING
     init_classifier: str = MISSING  # load: weights of as many classes; random: all but the classifier
+    init_heads: str = MISSING  # load: all of the file; random: the backbone alone
+    init_settings: str = MISSING  # sizes and thresholds: checkpoint or recipe
     until: str = MISSING
     task: TaskSchema = MISSING
     data: DataSchema = MISSING

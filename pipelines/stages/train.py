@@ -29,17 +29,20 @@ class Train:
             **training_key(run.config.train, run),
             "init": "scratch" if initial is None else path_digest(initial),
             "loads_classifier": initial is not None and build.loads_classifier(run.config),
+            "loads_heads": initial is not None and build.loads_heads(run.config),
+            "settings": None if initial is None else run.config.init_settings,
             "task": build.plain(run.config.task),
             "backbone": build.plain(run.config.backbone),
         }
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:
-        model, uncovered = run.initial_model()
+        model, report = run.initial_model()
         num_steps = 0
-        if uncovered:
-            if len(uncovered) < len(model.state_dict()):
+        if report is None or report.uncovered:
+            if report is not None:
                 logger.info(
-                    "  the weights leave %d tensors untrained, so the model is trained", len(uncovered)
+                    "  the weights leave %d tensors untrained, so the model is trained",
+                    len(report.uncovered),
                 )
             num_steps = train_stage(run, self.name, model, run.config.train, folder, lambda generator: None)
         else:

@@ -10,8 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsevit.backbone import SparseSwin
-from sparsevit.checkpoints.files import CheckpointError, Weights, mismatch_error, read_weights, write_weights
+from sparsevit.backbone import BACKBONES, SparseSwin
+from sparsevit.checkpoints.files import (
+    CheckpointError,
+    Weights,
+    check_finite,
+    mismatch_error,
+    read_weights,
+    write_weights,
+)
 from sparsevit.checkpoints.formats import (
     BIAS_TABLE,
     FORMATS,
@@ -72,44 +79,48 @@ def load_backbone_weights(backbone: SparseSwin, path: str | Path, *, prefix: str
             shapes that do not match are listed.
     """
     path = Path(path)
-    return load_named_weights(backbone, read_weights(path), path, prefix=prefix)
+    plan = plan_backbone(backbone, read_weights(path), path, prefix=prefix)
+    plan.load()
+    return plan.report
 
 
-def load_named_weights(
+@dataclass(frozen=True)
+class BackbonePlan:
+    """A file that fits the backbone, not loaded yet."""
+
+    report: LoadReport
+    _match: _Match
+    _weights: Mapping[str, Tensor]
+    _own: Mapping[str, Tensor]
+
+    def load(self) -> None:
+        """Copy the values into the backbone."""
+        with torch.no_grad():
+            for name, value in _converted(self._match, self._weights, self._own):
+                self._own[name].copy_(value)
+
+
+def plan_backbone(
     backbone: SparseSwin, weights: Mapping[str, Tensor], path: Path, *, prefix: str | None = None
-) -> LoadReport:
-    """`load_backbone_weights` from tensors that were read already; `path` is for the errors."""
+) -> BackbonePlan:
+    """Find out what `load_backbone_weights` would do with tensors that were read already.
+
+    Args:
+        path: of the file, for the errors.
+    """
     own = backbone.state_dict()
     match = _recognise(weights, own, len(backbone.depths), prefix, path)
-    resized, wrong_shape = [], []
-    for name, value in _converted(match, weights, own):
-        if value.shape != own[name].shape:
-            wrong_shape.append(f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here")
-        elif name.endswith(BIAS_TABLE) and weights[match.found[name][0]].shape != value.shape:
-            resized.append(name)
-    consumed = {theirs for names in match.found.values() for theirs in names}
-    rest = [name for name in weights if name not in consumed]
-    unexpected = [
-        name
-        for name in rest
-        if name.startswith(match.prefix)
-        and not RECOMPUTED.search(name)
-        and not _HEADS.match(name.removeprefix(match.prefix))
-    ]
-    missing = [name for name in own if name not in match.found]
-    essential = [" + ".join(match.absent[name]) for name in missing if not name.startswith("norms.")]
-    if unexpected or wrong_shape or essential:
+    report, unexpected, missing, wrong_shape = _compare(match, weights, own)
+    if unexpected or missing or wrong_shape:
         raise mismatch_error(
-            f"{path} is not a checkpoint of this backbone (read as {match.format.name}, prefix "
-            f"{match.prefix!r})",
+            f"{path} is not a checkpoint of this backbone{_fitting(weights, prefix, path)} (read as "
+            f"{match.format.name}, prefix {match.prefix!r})",
             unexpected=unexpected,
-            missing=essential,
+            missing=missing,
             wrong_shape=wrong_shape,
         )
-    with torch.no_grad():
-        for name, value in _converted(match, weights, own):
-            own[name].copy_(value)
-    return LoadReport(match.format.name, match.prefix, tuple(missing), tuple(resized), tuple(rest))
+    check_finite({name: weights[name] for names in match.found.values() for name in names}, path)
+    return BackbonePlan(report, match, weights, own)
 
 
 def export_backbone_weights(backbone: SparseSwin, path: str | Path, format: str) -> tuple[str, ...]:
@@ -219,6 +230,44 @@ def _gather(format: SwinFormat, name: str, weights: Mapping[str, Tensor], theirs
     if format.unfolds and name.startswith("downsamples.") and value.shape[-1] % 4 == 0:
         return concatenated_order(value)
     return value
+
+
+def _compare(
+    match: _Match, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[LoadReport, list[str], list[str], list[str]]:
+    """What loading would do; and what keeps it from that: names too many, too few, and other shapes."""
+    resized, wrong_shape = [], []
+    for name, value in _converted(match, weights, own):
+        if value.shape != own[name].shape:
+            wrong_shape.append(f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} here")
+        elif name.endswith(BIAS_TABLE) and weights[match.found[name][0]].shape != value.shape:
+            resized.append(name)
+    consumed = {theirs for names in match.found.values() for theirs in names}
+    rest = [name for name in weights if name not in consumed]
+    unexpected = [
+        name
+        for name in rest
+        if name.startswith(match.prefix)
+        and not RECOMPUTED.search(name)
+        and not _HEADS.match(name.removeprefix(match.prefix))
+    ]
+    absent = [name for name in own if name not in match.found]
+    missing = [" + ".join(match.absent[name]) for name in absent if not name.startswith("norms.")]
+    report = LoadReport(match.format.name, match.prefix, tuple(absent), tuple(resized), tuple(rest))
+    return report, unexpected, missing, wrong_shape
+
+
+def _fitting(weights: Mapping[str, Tensor], prefix: str | None, path: Path) -> str:
+    """Names of our backbones that the file fits as it is, to say so."""
+    fitting = []
+    for name, config in BACKBONES.items():
+        with torch.device("meta"):
+            own = SparseSwin(config).state_dict()
+        match = _recognise(weights, own, len(config.depths), prefix, path)
+        report, *faults = _compare(match, weights, own)
+        if not any(faults) and not report.resized:
+            fitting.append(name)
+    return f", but of {' or '.join(fitting)}" if fitting else ""
 
 
 def _is_square(number: int) -> bool:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from sparsevit.backbone import SparseSwin
+from sparsevit.checkpoints.foreign import Refused, Renamed
 from sparsevit.data.sample import IMAGE_MEAN, IMAGE_STD
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.center_head import CenterHead, ClassGroup, Detections
@@ -35,9 +36,9 @@ _MAP_NAMES = {
     "reg": "offset", "height": "height", "dim": "size", "rot": "heading", "vel": "velocity",
     "heatmap": "heat",
 }  # fmt: skip
-FOREIGN_NAMES = (
+_PUBLIC_NAMES = (
     (r"^img_neck\.conv\.", "neck.merge."),
-    (r"^img_view_transformer\.depth_?net\.", "view.projection."),
+    (r"^img_view_transformer\.depth_net\.", "view.projection."),
     (r"^img_bev_encoder_backbone\.layers\.", "encoder.stages."),
     (r"^img_bev_encoder_neck\.conv\.", "encoder.neck.merge."),
     (r"^img_bev_encoder_neck\.up2\.1\.", "encoder.neck.refine.0."),
@@ -51,10 +52,18 @@ FOREIGN_NAMES = (
         for inner, ours_inner in ((r"0\.conv\.", "0.0."), (r"0\.bn\.", "0.1."), (r"1\.", "1."))
     ),
 )
-"""Where BEVDet's public code (mmdet3d) keeps our tensors; its Swin is found by itself (``img_backbone``).
-
-From its version 2 on, where the ego frame, sizes (length, width, height) and headings are ours too.
-"""
+"""Where BEVDet's public code (mmdet3d) keeps our tensors; its Swin is found by itself (``img_backbone``)."""
+FOREIGN_FORMATS = (
+    Refused(
+        "BEVDet of version 1",
+        (r"^img_view_transformer\.(dx|bx|nx)$", r"^img_view_transformer\.depthnet\."),
+        "its bird's-eye view is in the frame of the lidar, with other conventions for sizes and headings, so "
+        "that its boxes would be wrong here. A checkpoint of version 2 or later (depth_net) loads whole; "
+        "init_heads=random takes the backbone of this one",
+    ),
+    Renamed("BEVDet", _PUBLIC_NAMES),
+)
+"""BEVDet's public code: from version 2 on, frame, sizes (length, width, height) and headings are as here."""
 
 
 @dataclass(frozen=True)

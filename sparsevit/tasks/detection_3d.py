@@ -10,7 +10,7 @@ from sparsevit.backbone import SparseSwin
 from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
-from sparsevit.tasks.bevdet import FOREIGN_NAMES, BEVDetConfig, SparseBEVDet
+from sparsevit.tasks.bevdet import FOREIGN_FORMATS, BEVDetConfig, SparseBEVDet
 from sparsevit.tasks.lift_splat import Cameras
 from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
@@ -25,7 +25,9 @@ class Detection3D:
     metrics = ("map", "nds", "mate", "mase", "maoe", "mave", "maae")
     example = "detections = model([images], [cameras])  # [6, 3, h, w] in [0, 1]; docs/nuscenes.md"
     class_layers = r"^head\.branches\.\d+\.heat\.1\."
-    foreign_names = FOREIGN_NAMES
+    foreign_formats = FOREIGN_FORMATS
+    chance = 0.01
+    first_label = 0
 
     def __init__(self, config: BEVDetConfig) -> None:
         self.config = config

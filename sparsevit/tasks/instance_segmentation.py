@@ -11,6 +11,7 @@ from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
 from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, SparseMaskRCNN
+from sparsevit.tasks.mask_rcnn.mmdet import MMDetMaskRCNN
 from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
@@ -22,7 +23,9 @@ class InstanceSegmentation:
     metrics = ("box_ap", "mask_ap")
     example = "predictions = model([image])  # [3, H, W] in [0, 1]"
     class_layers = r"^roi_heads\..*(cls_score|bbox_pred|mask_fcn_logits)"
-    foreign_names = ()
+    foreign_formats = (MMDetMaskRCNN(),)
+    chance = 0.01
+    first_label = 1  # as torchvision counts: 0 is the background
 
     def __init__(self, config: MaskRCNNConfig) -> None:
         self.config = config

@@ -16,6 +16,7 @@ from transformers import Mask2FormerConfig as LibraryConfig
 from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 
 from sparsevit.backbone import SparseSwin
+from sparsevit.checkpoints.foreign import Renamed
 from sparsevit.data.sample import IGNORED, IMAGE_MEAN, IMAGE_STD
 from sparsevit.sparsity import SparsityVector
 
@@ -23,9 +24,14 @@ SIZE_DIVISOR = 32
 """Images are padded at the bottom and right to multiples of it, as the library's processor does."""
 NUM_NORM_GROUPS = 32
 """Of the pixel decoder's group norms."""
-FOREIGN_NAMES = (
-    (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
-    (r"^model\.transformer_module\.", "transformer."),
+FOREIGN_FORMATS = (
+    Renamed(
+        "transformers",
+        (
+            (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
+            (r"^model\.transformer_module\.", "transformer."),
+        ),
+    ),
 )
 """Where transformers keeps what our model has under another name; the backbone is found by itself."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit.backbone import SparseSwin
+from sparsevit.checkpoints.foreign import ForeignFormat
 from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
@@ -34,11 +35,19 @@ class Task(Protocol):
         """Regular expression of the parameters whose shape depends on the number of classes."""
 
     @property
-    def foreign_names(self) -> Sequence[tuple[str, str]]:
-        """Regular expressions of names in other libraries' checkpoints, and what ours have instead.
+    def foreign_formats(self) -> Sequence[ForeignFormat]:
+        """How other libraries write the model; the first that recognises a file counts.
 
-        The first that is found counts. The backbone is recognised without.
+        The backbone is recognised without, and so is a file of ours.
         """
+
+    @property
+    def chance(self) -> float:
+        """What `metric` exceeds as soon as a model has learnt anything."""
+
+    @property
+    def first_label(self) -> int:
+        """The label in predictions that stands for the first class of the data."""
 
     @property
     def data(self) -> type[DataSplit]:

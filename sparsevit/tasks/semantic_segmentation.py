@@ -9,7 +9,7 @@ from sparsevit.backbone import SparseSwin
 from sparsevit.data.sample import Transform
 from sparsevit.data.split import DataSplit
 from sparsevit.sparsity import SparsityVector
-from sparsevit.tasks.mask2former import FOREIGN_NAMES, Mask2FormerConfig, SparseMask2Former
+from sparsevit.tasks.mask2former import FOREIGN_FORMATS, Mask2FormerConfig, SparseMask2Former
 from sparsevit.tasks.predictions import predictions_of, to_inputs
 from sparsevit.tasks.protocol import Batch
 
@@ -21,10 +21,16 @@ class SemanticSegmentation:
     metrics = ("miou",)
     example = "label_maps = model([image])  # [3, H, W] in [0, 1]"
     class_layers = r"^(class_predictor|criterion)\."
-    foreign_names = FOREIGN_NAMES
+    foreign_formats = FOREIGN_FORMATS
+    first_label = 0
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         self.config = config
+
+    @property
+    def chance(self) -> float:
+        """More than what naming one class everywhere gives: the share of its pixels, over all classes."""
+        return 1 / self.config.num_classes
 
     @property
     def data(self) -> type[DataSplit]:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from sparsevit import SparsityVector, create_backbone, export_backbone_weights
-from sparsevit.checkpoints import load_model_weights, read_weights
+from sparsevit.checkpoints import (
+    CheckpointError,
+    export_backbone_weights,
+    import_checkpoint,
+    load_model_weights,
+    read_weights,
+)
 from sparsevit.precision import autocast
 from sparsevit.tasks.bevdet import BEVDetConfig, SparseBEVDet
 from sparsevit.tasks.detection_3d import Detection3D
@@ -126,13 +132,29 @@ def test_checkpoint_of_the_public_code_loads_whole(tmp_path: Path) -> None:
     source, target = small_model(), SparseBEVDet(create_backbone("swin_nano"), SMALL)
     torch.save({"state_dict": mmdet3d_weights(source, tmp_path)}, tmp_path / "bevdet.pth")
     task = Detection3D(SMALL)
-    uncovered = load_model_weights(
-        target, target.backbone, tmp_path / "bevdet.pth",
-        class_layers=task.class_layers, foreign_names=task.foreign_names,
-    )  # fmt: skip
-    assert uncovered == ()
+    imported = import_checkpoint(tmp_path / "bevdet.pth", task.foreign_formats, SMALL)
+    report = load_model_weights(target, target.backbone, imported, class_layers=task.class_layers)
+    assert report.uncovered == report.unused == ()
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("added", "removed"),
+    [
+        (("img_view_transformer.dx", "img_view_transformer.bx", "img_view_transformer.nx"), ()),
+        (("img_view_transformer.depthnet.weight",), ("img_view_transformer.depth_net.weight",)),
+    ],
+)
+def test_version_1_is_refused_by_its_marks(
+    tmp_path: Path, added: tuple[str, ...], removed: tuple[str, ...]
+) -> None:
+    weights = mmdet3d_weights(small_model(), tmp_path)
+    weights = {name: value for name, value in weights.items() if name not in removed}
+    torch.save({"state_dict": weights | dict.fromkeys(added, torch.zeros(3))}, tmp_path / "old.pth")
+    message = rf"old.pth is BEVDet of version 1, as {added[0]}.* in it tell: its bird's-eye view is in the frame"
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(tmp_path / "old.pth", Detection3D(SMALL).foreign_formats, SMALL)
 
 
 def test_full_size_is_bevdet_tiny() -> None:

@@ -8,7 +8,13 @@ import torchvision
 from torch import nn
 
 from sparsevit import SparseSwin, create_backbone, load_backbone_weights
-from sparsevit.checkpoints import CheckpointError, load_model_weights, read_weights, write_weights
+from sparsevit.checkpoints import (
+    CheckpointError,
+    import_checkpoint,
+    load_model_weights,
+    read_weights,
+    write_weights,
+)
 from sparsevit.tasks.instance_segmentation import InstanceSegmentation
 from sparsevit.tasks.mask_rcnn import MaskRCNNConfig
 
@@ -81,13 +87,17 @@ def test_written_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None
 
 
 def load(
-    task: InstanceSegmentation, model: nn.Module, path: Path, *, loads_classifier: bool = True
+    task: InstanceSegmentation,
+    model: nn.Module,
+    path: Path,
+    *,
+    loads_classifier: bool = True,
+    loads_heads: bool = True,
 ) -> tuple[str, ...]:
     return load_model_weights(
-        model, task.backbone_of(model), path,
-        class_layers=task.class_layers, foreign_names=task.foreign_names,
-        loads_classifier=loads_classifier,
-    )  # fmt: skip
+        model, task.backbone_of(model), import_checkpoint(path, task.foreign_formats, task.config),
+        class_layers=task.class_layers, loads_classifier=loads_classifier, loads_heads=loads_heads,
+    ).uncovered  # fmt: skip
 
 
 def test_backbone_of_another_size_lists_the_shapes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 
 from sparsevit import SparseSwin, SparsityVector, create_backbone
 from sparsevit.backbone import BACKBONES
-from sparsevit.checkpoints import CheckpointError, load_model_weights
+from sparsevit.checkpoints import CheckpointError, import_checkpoint, load_model_weights
 from sparsevit.data.sample import IGNORED
 from sparsevit.precision import autocast
 from sparsevit.tasks.mask2former import Mask2FormerConfig, SparseMask2Former
@@ -28,10 +28,9 @@ SMALL = Mask2FormerConfig(
 def load(model: SparseMask2Former, path: Path, *, loads_classifier: bool = True) -> tuple[str, ...]:
     task = SemanticSegmentation(SMALL)
     return load_model_weights(
-        model, model.backbone, path,
-        class_layers=task.class_layers, foreign_names=task.foreign_names,
-        loads_classifier=loads_classifier,
-    )  # fmt: skip
+        model, model.backbone, import_checkpoint(path, task.foreign_formats, task.config),
+        class_layers=task.class_layers, loads_classifier=loads_classifier,
+    ).uncovered  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Anchors at fixed strides.
 
-torchvision's generator divides the size of the input by that of a map, which is not the stride where a side is
-not a multiple of it: 61 instead of 64 pixels for the coarsest level of 672.
+torchvision's generator divides the size of the input by that of a map, which is not the stride where a side
+is not a multiple of it: 61 instead of 64 pixels for the coarsest level of 672.
 """
 
 import torch

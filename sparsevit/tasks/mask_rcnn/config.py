@@ -1,4 +1,4 @@
-"""What a Mask R-CNN is set to: widths, how a photo becomes an input, and what its weights were trained with."""
+"""Settings of a Mask R-CNN: widths, how a photo becomes an input, what weights were trained with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -38,8 +38,8 @@ class PhotoInput:
         sides = (self.longest_side, self.shortest_side, self.divisor, *(self.fixed_size or ()))
         if min(sides) < 1 or self.shortest_side > self.longest_side:
             raise ValueError(
-                "longest_side, shortest_side, fixed_size and divisor must be at least 1, the shortest no longer "
-                f"than the longest, got {self}"
+                "longest_side, shortest_side, fixed_size and divisor must be at least 1, the shortest no "
+                f"longer than the longest, got {self}"
             )
         _one_of("resize", self.resize, RESIZES)
 
@@ -119,7 +119,8 @@ class MaskRCNNConfig:
             two detections of a class, goes.
         score_threshold: that a detection must exceed.
         mask_threshold: probability from which a pixel belongs to a mask.
-        input: of evaluation and use; if None, photos are resized to fit the training square, and padded to it.
+        input: of evaluation and use; if None, photos are resized to fit the training square, and padded to
+            it.
     """
 
     num_classes: int

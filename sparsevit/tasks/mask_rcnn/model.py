@@ -140,8 +140,8 @@ class _ProposalHead(RPNHead):
 class _BoxPredictor(FastRCNNPredictor):
     """torchvision's, with float32 offsets under autocast.
 
-    No loss reaches the offsets of the background: they are 0 and stay so, as in a checkpoint of mmdet's, which
-    has none.
+    No loss reaches the offsets of the background: they are 0 and stay so, as in a checkpoint of mmdet's,
+    which has none.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:

@@ -84,8 +84,8 @@ class DetectionHeads(RoIHeads):
         """Detections of every image in evaluation, losses by name in training.
 
         Returns:
-            ``boxes`` [I, 4], ``scores`` [I], ``labels`` [I] from 1 and ``masks`` [I, 1, 28, 28] of every image,
-            in pixels of the input; losses.
+            ``boxes`` [I, 4], ``scores`` [I], ``labels`` [I] from 1 and ``masks`` [I, 1, 28, 28] of every
+            image, in pixels of the input; losses.
         """
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
