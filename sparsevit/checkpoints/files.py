@@ -136,7 +136,7 @@ def _read_file(path: Path) -> Any:
     if wrong is not None:
         raise CheckpointError(f"{path} {wrong}")
     try:
-        if start[8:9] == b"{":  # safetensors: eight bytes for the length of a header of JSON, which follows
+        if start[5:9] == b"\0\0\0{":  # safetensors: the length of a header in eight bytes, and JSON
             from safetensors.torch import load_file  # measuring a device needs torch alone
 
             return load_file(path)
@@ -160,7 +160,8 @@ def _what_it_is(start: bytes) -> str | None:
     if text.startswith(b"<"):
         return "is a web page, not a weight file: download it again, by the link of the file itself"
     if text.startswith((b'{"', b"{\n", b"[{")):
-        return f"is text ({text[:60].decode(errors='replace')} …), not a weight file: download it again"
+        beginning = " ".join(text[:60].decode(errors="replace").split())
+        return f"is text ({beginning} …), not a weight file: download it again"
     if start.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")) or start[257:262] == b"ustar":
         return "is a packed archive: unpack it, and name the weight file in it"
     return None

@@ -32,11 +32,11 @@ def read_torch_file(path: Path) -> Any:
         NotWeightsError: for an archive of another kind, and a file that was cut off.
         Exception: of any kind, for a file that is corrupt.
     """
-    if is_zipfile(path):
-        return _read_archive(path)
     with path.open("rb") as file:
         if file.read(4) == b"PK\3\4":
-            raise NotWeightsError(_DAMAGED)
+            if not is_zipfile(path):  # its table of contents stands at the end
+                raise NotWeightsError(_DAMAGED)
+            return _read_archive(path)
         file.seek(0)
         try:
             content = Unpickler(file).load()

@@ -6,6 +6,7 @@ reach: a pickle could change what they are (a function has attributes), or make 
 its memory.
 """
 
+import copyreg
 import pickle
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple
@@ -72,6 +73,16 @@ class Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], load_storage: Callable[[Any], Storage] | None = None) -> None:
         super().__init__(file, encoding="latin1")
         self._load_storage = load_storage
+
+    def load(self) -> Any:
+        """The object of the pickle that comes next in the file."""
+        # Where a pickle names a class by a number (copyreg's extensions), Python asks this cache before
+        # `find_class`, and keeps the answer in it for all.
+        copyreg.clear_extension_cache()
+        try:
+            return super().load()
+        finally:
+            copyreg.clear_extension_cache()
 
     def persistent_load(self, key: Any) -> Any:
         """The storage of ``("storage", type, name, device, length, …)``, or the class of ``("module", …)``.
