@@ -139,6 +139,23 @@ def export_backbone_weights(backbone: SparseSwin, path: str | Path, format: str)
         ValueError: for an unknown format, listing the known ones.
     """
     path = Path(path)
+    weights, left_out = named_weights(backbone, format)
+    if format == "huggingface":
+        last = f"norms.{len(backbone.depths) - 1}"
+        for leaf in ("weight", "bias"):  # SwinBackbone has it, and does not use it
+            weights[f"swin.layernorm.{leaf}"] = backbone.state_dict()[f"{last}.{leaf}"].clone()
+        _write_huggingface(path, weights, backbone)
+    else:
+        write_weights(path, weights)
+    return left_out
+
+
+def named_weights(backbone: SparseSwin, format: str) -> tuple[Weights, tuple[str, ...]]:
+    """The weights as another library names and orders them, and our tensors that it has no place for.
+
+    Raises:
+        ValueError: for an unknown format, listing the known ones.
+    """
     known = {each.name: each for each in reversed(FORMATS)}
     if format not in known:
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(sorted(known))}")
@@ -157,14 +174,7 @@ def export_backbone_weights(backbone: SparseSwin, path: str | Path, format: str)
             index = relative_position_index(backbone.config.window_size)
             buffer = theirs[0].removesuffix("_bias_table") + "_index"
             weights[buffer] = (index.flatten() if target.index == "flat" else index).clone()
-    if format == "huggingface":
-        last = f"norms.{len(backbone.depths) - 1}"
-        for leaf in ("weight", "bias"):  # SwinBackbone has it, and does not use it
-            weights[f"swin.layernorm.{leaf}"] = backbone.state_dict()[f"{last}.{leaf}"].clone()
-        _write_huggingface(path, weights, backbone)
-    else:
-        write_weights(path, weights)
-    return tuple(left_out)
+    return weights, tuple(left_out)
 
 
 def _recognise(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevit.checkpoints.backbone import export_backbone_weights
-from sparsevit.checkpoints.files import Checkpoint, CheckpointError, Weights, read_weights
+from sparsevit.checkpoints.backbone import named_weights
+from sparsevit.checkpoints.files import Checkpoint, CheckpointError, Weights
 from sparsevit.checkpoints.foreign import Imported
 from sparsevit.tasks.mask_rcnn.config import MaskRCNNConfig
 from sparsevit.tasks.mask_rcnn.mmdet_config import OWN_SETTINGS, read_settings
@@ -89,10 +89,10 @@ def export_mmdet(model: SparseMaskRCNN, path: Path, class_names: Sequence[str]) 
             elif theirs.startswith(f"{_MASK}.conv_logits"):
                 kept = value[1:]
             weights[theirs] = kept.detach().cpu().clone()
-    partial = path.with_name(path.name + ".partial")
-    export_backbone_weights(model.backbone.body, partial, "mmdet")
-    weights |= {f"backbone.{name}": value for name, value in read_weights(partial).items()}
+    backbone, _ = named_weights(model.backbone.body, "mmdet")
+    weights |= {f"backbone.{name}": value.cpu() for name, value in backbone.items()}
     meta = {"dataset_meta": {"classes": tuple(class_names)}, OWN_SETTINGS: asdict(model.config)}
+    partial = path.with_name(path.name + ".partial")
     torch.save({"meta": meta, "state_dict": weights}, partial)
     partial.replace(path)
 
