@@ -19,7 +19,8 @@ def instance_augmentation(image_size: int, scale_range: tuple[float, float]) -> 
     """Horizontal flip and multi-scale resize onto a square of `image_size` pixels.
 
     The image is resized to fit the square, times a factor from `scale_range` (large-scale
-    jitter, arXiv 2012.07177), then cropped or padded to it. Instances that leave the crop go.
+    jitter, arXiv 2012.07177), then cropped or padded to it. Instances that leave the crop go, also
+    those whose masks do, where there are masks.
     """
     augment = v2.Compose(
         [
@@ -32,6 +33,8 @@ def instance_augmentation(image_size: int, scale_range: tuple[float, float]) -> 
 
     def apply(image: Tensor, target: dict[str, Any]) -> Sample:
         image, target = augment(image, target)
+        if "masks" not in target:
+            return image, target
         visible = target["masks"].bool().flatten(1).any(dim=1)
         return image, target | {key: target[key][visible] for key in ("boxes", "labels", "masks")}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from sparsevit.data.errors import DataError
-from sparsevit.data.images import open_image, read_image, read_labels
+from sparsevit.data.images import check_image, open_image, read_image, read_labels
 from sparsevit.data.sample import IGNORED, Sample
 from sparsevit.data.split import DataSplit
 
@@ -83,10 +83,9 @@ class CityscapesFrames(DataSplit):
 
     def __getitem__(self, index: int) -> Sample:
         sample_id = self.sample_ids[index]
-        image = tv_tensors.Image(read_image(self.image_path(sample_id)))
         labels = tv_tensors.Mask(to_train_ids(self._read_label_ids(sample_id)))
-        if labels.shape != image.shape[1:]:
-            raise self._size_error(sample_id, tuple(image.shape[1:]), tuple(labels.shape))
+        size = labels.shape[0], labels.shape[1]
+        image = tv_tensors.Image(read_image(self.image_path(sample_id), size, self.label_path(sample_id)))
         target = {"labels": labels, "sample_id": sample_id}
         return (image, target) if self.transform is None else self.transform(image, target)
 
@@ -104,17 +103,23 @@ class CityscapesFrames(DataSplit):
         return known.hexdigest()
 
     def verify(self, *, decode: bool, on_sample: Callable[[], None] = lambda: None) -> None:
+        used: set[int] = set()
         for sample_id in self.sample_ids:
-            with (
-                open_image(self.image_path(sample_id)) as image,
-                open_image(self.label_path(sample_id)) as labels,
-            ):
-                if image.size != labels.size:
-                    raise self._size_error(sample_id, image.size[::-1], labels.size[::-1])
-            self._read_label_ids(sample_id)  # a wrong id in one file would end a training midway
+            photo, label_image = self.image_path(sample_id), self.label_path(sample_id)
+            with open_image(label_image) as labels:
+                size = labels.size[::-1]
+            check_image(photo, size, label_image)
+            # A wrong id in one file would end a training midway, so all are read.
+            used.update(torch.unique(self._read_label_ids(sample_id)).tolist())
             if decode:
-                read_image(self.image_path(sample_id))
+                read_image(photo, size, label_image)
             on_sample()
+        if used.isdisjoint(LABEL_IDS.values()):
+            raise DataError(
+                f"every pixel of the {len(self)} label images in use of {self.root / 'gtFine' / self.split} "
+                f"is ignored: they have the label ids {sorted(used)}, of which none is trained or evaluated; "
+                "write Cityscapes' labelIds"
+            )
 
     def _read_label_ids(self, sample_id: str) -> Tensor:
         """Label ids as the file has them, all of the table."""
@@ -127,12 +132,6 @@ class CityscapesFrames(DataSplit):
                 "labelIds, not train ids, colours or instance ids"
             )
         return label_ids
-
-    def _size_error(self, sample_id: str, image: tuple[int, ...], labels: tuple[int, ...]) -> DataError:
-        return DataError(
-            f"{self.label_path(sample_id)} is {labels[1]}×{labels[0]} pixels, but its photo "
-            f"{self.image_path(sample_id)} is {image[1]}×{image[0]}"
-        )
 
 
 def to_train_ids(label_ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
 from cityscapesscripts.helpers.labels import labels as official_labels
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
 from sparsevit.data.augmentation import segmentation_augmentation
@@ -140,7 +140,7 @@ def test_labels_of_another_size(tiny_city: Path) -> None:
     Image.fromarray(np.zeros((5, 8), dtype=np.uint8)).save(labels(tiny_city))
     dataset = CityscapesFrames(tiny_city, "val")
     for look in (lambda: dataset.verify(decode=False), lambda: dataset[0]):
-        with pytest.raises(DataError, match=r"labelIds.png is 8×5 pixels, but its photo .* is 8×4"):
+        with pytest.raises(DataError, match=r"leftImg8bit.png is 8×4 pixels, but .*labelIds.png says 8×5"):
             look()
 
 
@@ -158,6 +158,31 @@ def test_label_ids_outside_the_table(tiny_city: Path) -> None:
     Image.fromarray(np.full((4, 8), 40_000, dtype=np.uint16)).save(photo(tiny_city))
     with pytest.raises(DataError, match="has the pixel mode I;16; a photo has 8 bits per channel"):
         dataset.verify(decode=True)
+
+
+def test_split_of_ignored_pixels(tiny_city: Path) -> None:
+    """Unlabelled and other classes that are not evaluated: nothing to learn from or to measure on."""
+    Image.fromarray(np.array([[0, 4, 6, 30] * 2] * 4, dtype=np.uint8)).save(labels(tiny_city))
+    message = r"every pixel of the 1 label images in use of .*gtFine/val is ignored: .* \[0, 4, 6, 30\]"
+    with pytest.raises(DataError, match=message):
+        CityscapesFrames(tiny_city, "val").verify(decode=False)
+    Image.fromarray(np.array([[0, 4, 6, 26] * 2] * 4, dtype=np.uint8)).save(labels(tiny_city))
+    CityscapesFrames(tiny_city, "val").verify(decode=False)
+
+
+def test_photos_that_are_links_or_turned(tiny_city: Path, tmp_path: Path) -> None:
+    """A photo stored lying down has labels that stand upright."""
+    upright = np.zeros((4, 8, 3), dtype=np.uint8)
+    upright[0, 7] = 200, 100, 50
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = tmp_path / "stored.png"
+    Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(stored, exif=exif)
+    photo(tiny_city).unlink()
+    photo(tiny_city).symlink_to(stored)
+    dataset = CityscapesFrames(tiny_city, "val")
+    dataset.verify(decode=True)
+    assert dataset[0][0].permute(1, 2, 0).tolist() == upright.tolist()
 
 
 def test_coloured_labels_and_broken_files(tiny_city: Path) -> None:
