@@ -66,8 +66,8 @@ def camera_inputs(input_size: tuple[int, int]) -> Transform:
     """The evaluation's inputs. Adds ``image_to_input`` [N, 3, 3] and ``bev_transform`` [3, 3]."""
 
     def apply(photos: Tensor, target: dict[str, Any]) -> Sample:
-        view = fitting_view((photos.shape[-2], photos.shape[-1]), input_size)
-        images, matrices = zip(*(view.apply(photo, input_size) for photo in photos), strict=True)
+        views = [(photo, fitting_view(_size(photo), input_size)) for photo in _photos(photos, target)]
+        images, matrices = zip(*(view.apply(photo, input_size) for photo, view in views), strict=True)
         added = {"image_to_input": torch.stack(matrices), "bev_transform": torch.eye(3)}
         return torch.stack(images), target | added
 
@@ -95,9 +95,8 @@ def camera_augmentation(
 
     def apply(photos: Tensor, target: dict[str, Any]) -> Sample:
         images, matrices = [], []
-        for photo in photos:
-            size = photo.shape[-2], photo.shape[-1]
-            view = _draw_view(size, input_size, resize_range, degrees, flips=flips)
+        for photo in _photos(photos, target):
+            view = _draw_view(_size(photo), input_size, resize_range, degrees, flips=flips)
             image, matrix = view.apply(photo, input_size)
             images.append(image)
             matrices.append(matrix)
@@ -109,6 +108,16 @@ def camera_augmentation(
         }
 
     return apply
+
+
+def _photos(photos: Tensor, target: dict[str, Any]) -> list[Tensor]:
+    """Each photo without its padding: the cameras may be of several sizes."""
+    sizes: list[list[int]] = target["photo_sizes"].tolist()
+    return [photo[:, :height, :width] for photo, (height, width) in zip(photos, sizes, strict=True)]
+
+
+def _size(photo: Tensor) -> tuple[int, int]:
+    return photo.shape[-2], photo.shape[-1]
 
 
 def _draw_view(

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from sparsevit.data.generated import write_generated
-from sparsevit.data.nuscenes import CAMERAS, CLASSES, REFERENCE, TABLES
+from sparsevit.data.nuscenes import CAMERAS, CLASSES, REFERENCE
+from sparsevit.data.nuscenes_tables import TABLES
 from sparsevit.geometry import box_corners
 
 VERSION = "v1.0-drives"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevit.data.nuscenes import CLASSES
+from sparsevit.data.nuscenes import CLASSES, reference_of
 
 MAX_BOXES = 500
 ERRORS = {
@@ -90,7 +90,7 @@ def detection_metrics(
     """
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.common.data_classes import EvalBoxes
-    from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens
+    from nuscenes.eval.common.loaders import filter_eval_boxes, load_gt_of_sample_tokens
     from nuscenes.eval.detection.data_classes import DetectionBox
     from nuscenes.eval.detection.evaluate import DetectionEval
 
@@ -101,7 +101,7 @@ def detection_metrics(
     evaluation = DetectionEval.__new__(DetectionEval)  # its constructor wants files and a whole split
     evaluation.nusc, evaluation.cfg, evaluation.verbose = tables, config, False
     evaluation.pred_boxes, evaluation.gt_boxes = (
-        filter_eval_boxes(tables, add_center_dist(tables, boxes), config.class_range) if boxes.all else boxes
+        filter_eval_boxes(tables, _with_distances(tables, boxes), config.class_range) if boxes.all else boxes
         for boxes in (predicted, truth)  # the devkit cannot filter what is empty
     )
     metrics, _ = evaluation.evaluate()
@@ -112,3 +112,15 @@ def detection_metrics(
         **{name: float(summary["tp_errors"][key]) for key, name in ERRORS.items()},
         **{f"ap/{name}": float(value) for name, value in summary["mean_dist_aps"].items()},
     }
+
+
+def _with_distances(tables: Any, boxes: Any) -> Any:
+    """The devkit's boxes with their places as seen from the vehicle; the devkit's own way needs a lidar."""
+    for token in boxes.sample_tokens:
+        record = tables.get("sample_data", reference_of(tables.get("sample", token)))
+        vehicle = tables.get("ego_pose", record["ego_pose_token"])["translation"]
+        for box in boxes[token]:
+            box.ego_translation = tuple(
+                there - here for there, here in zip(box.translation, vehicle, strict=True)
+            )
+    return boxes

@@ -16,11 +16,14 @@ from PIL import Image
 from sparsevit.data.camera_views import camera_augmentation, camera_inputs
 from sparsevit.data.drives import VERSION, DrivesConfig, write_drives
 from sparsevit.data.errors import DataError
-from sparsevit.data.nuscenes import CAMERAS, CLASSES, NuScenesSamples, read_tables
+from sparsevit.data.nuscenes import CAMERAS, CLASSES, NuScenesSamples
 from sparsevit.data.nuscenes_metrics import detection_metrics, to_results, write_submission
+from sparsevit.data.nuscenes_tables import read_tables
 from sparsevit.geometry import box_corners, project
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "nuscenes_small"
+Spoil = Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]
+Absent = Callable[[dict[str, Any], str], object]
 SMALL = DrivesConfig(image_size=(64, 128), num_images={"train": 6, "val": 3})
 
 
@@ -32,11 +35,11 @@ def drives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spoilt(drives: Path, tmp_path: Path) -> Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]:
+def spoilt(drives: Path, tmp_path: Path) -> Spoil:
     """A copy of the data set with one table changed."""
 
     def spoil(table: str, change: Callable[[list[dict[str, Any]]], object]) -> Path:
-        root = tmp_path / "spoilt"
+        root = tmp_path / f"spoilt-{table}"
         shutil.copytree(drives, root)
         path = root / VERSION / f"{table}.json"
         records = json.loads(path.read_text())
@@ -135,16 +138,180 @@ def test_drawn_pixels_lie_inside_the_projected_boxes(drives: Path) -> None:
     assert num_coloured / num_seen > 0.7
 
 
+@pytest.mark.parametrize(
+    ("lidar", "radar", "is_kept"),
+    [(0, 0, False), (0, 3, True), (4, None, True), (0, None, False), (None, 2, True), (None, None, True)],
+)
+@pytest.mark.parametrize("absent", [lambda record, key: record.pop(key), lambda record, key: None])
 def test_boxes_without_points_are_left_out(
-    spoilt: Callable[[str, Callable[[list[dict[str, Any]]], object]], Path], drives: Path
+    spoilt: Spoil, drives: Path, lidar: int | None, radar: int | None, is_kept: bool, absent: Absent
 ) -> None:
+    """A count that is missing or null says nothing; without both, the box is kept, here and by the devkit."""
+
+    def change(records: list[dict[str, Any]]) -> None:
+        for record in records[::2]:
+            record |= {"num_lidar_pts": lidar, "num_radar_pts": radar}
+            for key in POINTS:
+                if record[key] is None:
+                    absent(record, key)
+        for record in records[1::2]:
+            record |= {"num_lidar_pts": 1}
+
+    dataset = NuScenesSamples(spoilt("sample_annotation", change), "drives_train")
+    records = [record for record in dataset.tables.sample_annotation if record in dataset._annotations()]
+    num_boxes = sum(len(dataset[index][1]["boxes"]) for index in range(len(dataset)))
+    num_expected = len(records) if is_kept else sum(record["num_lidar_pts"] == 1 for record in records)
+    assert 0 < num_boxes == num_expected
+    assert detection_metrics(dataset.tables, dataset.sample_ids, perfect(dataset))["map"] > 0.7
+
+
+def test_splits_without_a_box_that_counts(spoilt: Spoil) -> None:
+    """No points, or foreign categories; in the whole split or in the keyframes in use."""
+
     def hide(records: list[dict[str, Any]]) -> None:
         for record in records:
             record["num_lidar_pts"] = 0
 
-    root = spoilt("sample_annotation", hide)
-    assert len(NuScenesSamples(root, "drives_train")[0][1]["boxes"]) == 0
-    assert len(NuScenesSamples(drives, "drives_train")[0][1]["boxes"]) > 0
+    message = (
+        "no box to learn from or to measure on is in the split 'drives_train' of .*: of the 65 annotations"
+    )
+    with pytest.raises(DataError, match=rf"{message} of the 6 keyframes in use, 0 are of categories"):
+        NuScenesSamples(spoilt("sample_annotation", hide), "drives_train")
+    root = spoilt("category", lambda records: [record.update(name="animal") for record in records])
+    with pytest.raises(DataError, match=rf"{message} .*, 65 are of categories .* \(\['animal'\]\)"):
+        NuScenesSamples(root, "drives_train")
+
+
+def test_keyframes_in_use_need_a_box(spoilt: Spoil, drives: Path) -> None:
+    chosen = NuScenesSamples(drives, "drives_train").sample_ids[0]
+
+    def hide(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            record["num_lidar_pts"] *= record["sample_token"] != chosen
+
+    dataset = NuScenesSamples(spoilt("sample_annotation", hide), "drives_train")
+    dataset.verify(decode=False)
+    with pytest.raises(DataError, match="annotations of the 1 keyframes in use, 0 are of categories"):
+        dataset.subset([chosen]).verify(decode=False)
+
+
+def test_annotations_with_two_attributes_or_none(spoilt: Spoil, drives: Path) -> None:
+    """The devkit's evaluation admits one; the first stands."""
+    attributes = json.loads((drives / VERSION / "attribute.json").read_text())
+    tokens = {record["name"]: record["token"] for record in attributes}
+
+    def change(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            if record["attribute_tokens"]:
+                record["attribute_tokens"].append(tokens["vehicle.stopped"])
+            else:
+                del record["attribute_tokens"]
+
+    expected, dataset = (
+        NuScenesSamples(root, "drives_train") for root in (drives, spoilt("sample_annotation", change))
+    )
+    ours = detection_metrics(dataset.tables, dataset.sample_ids, perfect(dataset))
+    assert ours == detection_metrics(expected.tables, expected.sample_ids, perfect(expected))
+
+
+def test_cameras_alone(spoilt: Spoil, drives: Path) -> None:
+    """Without a lidar the ego frame is that of the front camera, in reading as in the evaluation."""
+
+    def drop(records: list[dict[str, Any]]) -> None:
+        records[:] = [record for record in records if "LIDAR" not in record["filename"]]
+
+    expected, dataset = (
+        NuScenesSamples(root, "drives_train") for root in (drives, spoilt("sample_data", drop))
+    )
+    ours = detection_metrics(dataset.tables, dataset.sample_ids, perfect(dataset))
+    assert ours == detection_metrics(expected.tables, expected.sample_ids, perfect(expected))
+    assert ours["map"] > 0.7
+
+
+def test_cameras_of_two_sizes(spoilt: Spoil, drives: Path) -> None:
+    """The smaller photos are padded in the item; what the network sees is cut from the photo alone."""
+
+    def widen(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            if "/CAM_FRONT/" in record["filename"]:
+                record |= {"width": 192, "height": 80}
+
+    root = spoilt("sample_data", widen)
+    for path in (root / "samples" / "CAM_FRONT").iterdir():
+        Image.open(path).resize((192, 80)).save(path)
+    dataset = NuScenesSamples(root, "drives_train")
+    dataset.verify(decode=True)
+    photos, target = dataset[0]
+    expected_photos, expected = NuScenesSamples(drives, "drives_train")[0]
+    assert photos.shape == (6, 3, 80, 192)
+    assert target["photo_sizes"].tolist() == [[64, 128], [80, 192], *[[64, 128]] * 4]
+    assert (photos[0, :, :64, :128] == expected_photos[0]).all()
+    assert photos[0, :, 64:].sum() == photos[0, :, :, 128:].sum() == 0
+    seen, wide = camera_inputs((32, 64))(photos, target)
+    expected_seen, narrow = camera_inputs((32, 64))(expected_photos, expected)
+    others = [0, 2, 3, 4, 5]
+    assert (seen[others] == expected_seen[others]).all()
+    assert (wide["image_to_input"][others] == narrow["image_to_input"][others]).all()
+    assert wide["image_to_input"][1, 0, 0] == pytest.approx(64 / 192)
+    augment = camera_augmentation(
+        (32, 64), resize_range=(0, 0.1), degrees=3, bev_degrees=5, bev_scale_range=(1, 1)
+    )
+    assert augment(photos, target)[0].shape == (6, 3, 32, 64)
+
+
+DANGLING = [
+    ("calibrated_sensor", "sensor_token", "sensor"),
+    ("instance", "category_token", "category"),
+    ("sample", "scene_token", "scene"),
+    ("sample_annotation", "sample_token", "sample"),
+    ("sample_annotation", "instance_token", "instance"),
+    ("sample_annotation", "attribute_tokens", "attribute"),
+    ("sample_annotation", "prev", "sample_annotation"),
+    ("sample_annotation", "next", "sample_annotation"),
+    ("sample_data", "sample_token", "sample"),
+    ("sample_data", "ego_pose_token", "ego_pose"),
+    ("sample_data", "calibrated_sensor_token", "calibrated_sensor"),
+    ("map", "log_tokens", "log"),
+]
+
+
+@pytest.mark.parametrize(("table", "field", "target"), DANGLING)
+def test_tokens_that_lead_nowhere(spoilt: Spoil, table: str, field: str, target: str) -> None:
+    def change(records: list[dict[str, Any]]) -> None:
+        records[-1][field] = ["nowhere"] if field.endswith("tokens") else "nowhere"
+
+    message = rf"{table}.json: record \w+ has the {field} 'nowhere', but {target}.json has no such record"
+    with pytest.raises(DataError, match=message):
+        NuScenesSamples(spoilt(table, change), "drives_train")
+
+
+@pytest.mark.parametrize("table", ["sample_data", "visibility"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not valid JSON, or not all of it"),
+        ('[{"token": "a"}, {"tok', "is not valid JSON, or not all of it"),
+        ("{}", "holds a dict, not a list of records"),
+        ("null", "holds a NoneType, not a list of records"),
+        ("[1]", "has a record without a token: 1"),
+        ('[{"token": null}]', "has a record without a token: {'token': None}"),
+    ],
+)
+def test_tables_that_are_none(drives: Path, tmp_path: Path, table: str, content: str, message: str) -> None:
+    root = tmp_path / "spoilt"
+    shutil.copytree(drives, root)
+    (root / VERSION / f"{table}.json").write_text(content)
+    with pytest.raises(DataError, match=f"{VERSION}/{table}.json {message}"):
+        NuScenesSamples(root, "drives_train")
+
+
+@pytest.mark.parametrize("content", ["[", "[1]", '{"drives_train": "val-0001"}'])
+def test_splits_that_are_none(drives: Path, tmp_path: Path, content: str) -> None:
+    root = tmp_path / "spoilt"
+    shutil.copytree(drives, root)
+    (root / VERSION / "splits.json").write_text(content)
+    with pytest.raises(DataError, match=r"splits.json (is not valid JSON|must be an object that lists)"):
+        NuScenesSamples(root, "drives_train")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +333,31 @@ def test_boxes_without_points_are_left_out(
             "ego_pose .* not a quaternion of length 1",
         ),
         (
+            "ego_pose",
+            lambda records: [record.update(translation=[0, None, 0]) for record in records],
+            r"ego_pose .* has the translation \[0, None, 0\]; it must be three finite numbers",
+        ),
+        (
+            "sample_annotation",
+            lambda records: records[0].update(size=[1.0, 0.0, 2.0]),
+            r"sample_annotation \w+ of .* has the size \[1.0, 0.0, 2.0\]; it must be width, length, height",
+        ),
+        (
+            "sample_annotation",
+            lambda records: records[0].update(translation=[float("nan"), 0.0, 2.0]),
+            r"sample_annotation \w+ of .* has the translation \[nan, 0.0, 2.0\]",
+        ),
+        (
+            "sample_annotation",
+            lambda records: records[0].pop("rotation"),
+            r"sample_annotation \w+ of .* has the rotation None, which is not a quaternion",
+        ),
+        (
+            "sample_data",
+            lambda records: [record.update(width=None) for record in records],
+            "sample_data .* of CAM_FRONT_LEFT has the width None and the height 64",
+        ),
+        (
             "sample_data",
             lambda records: records.remove(next(r for r in records if "CAM_BACK/" in r["filename"])),
             "has no image of CAM_BACK$",
@@ -178,7 +370,7 @@ def test_boxes_without_points_are_left_out(
     ],
 )
 def test_contradictory_tables(
-    spoilt: Callable[[str, Callable[[list[dict[str, Any]]], object]], Path],
+    spoilt: Spoil,
     table: str,
     change: Callable[[list[dict[str, Any]]], object],
     message: str,
@@ -206,7 +398,7 @@ def test_missing_and_wrong_images(drives: Path, tmp_path: Path) -> None:
     dataset = NuScenesSamples(root, "drives_val")
     path = dataset.image_path(dataset.sample_ids[1], "CAM_BACK")
     Image.new("RGB", (10, 10)).save(path)
-    with pytest.raises(DataError, match=r"is 10×10 pixels, but the tables say 128×64"):
+    with pytest.raises(DataError, match=r"is 10×10 pixels, but .*sample_data.json says 128×64"):
         dataset.verify(decode=False)
     path.unlink()
     with pytest.raises(DataError, match="CAM_BACK.* does not exist"):
@@ -218,7 +410,7 @@ def test_views_and_their_matrices_agree() -> None:
     torch.manual_seed(0)
     photos = torch.zeros(6, 3, 90, 160, dtype=torch.uint8)
     photos[:, :, 60:64, 100:104] = 255
-    target = {"boxes": torch.zeros(0, 9)}
+    target = {"boxes": torch.zeros(0, 9), "photo_sizes": torch.tensor([[90, 160]] * 6)}
     augment = camera_augmentation(
         (64, 160), resize_range=(-0.1, 0.3), degrees=5.0, bev_degrees=22.5, bev_scale_range=(0.95, 1.05)
     )
