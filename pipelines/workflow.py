@@ -13,9 +13,9 @@ from pipelines import build, schema
 from pipelines.artifacts import METRICS_FILE, ArtifactStore, StageResult, content_key, write_json, write_text
 from pipelines.context import Run, Stage
 from pipelines.errors import ConfigurationError
+from pipelines.inspection import print_findings
 from pipelines.plan import print_plan
 from pipelines.plots import HTML_FILE
-from pipelines.progress import progress_bar
 from pipelines.stages.adapt import Adapt
 from pipelines.stages.calibrate import PREDICTOR_FILE, Calibrate
 from pipelines.stages.finetune import Finetune
@@ -23,6 +23,7 @@ from pipelines.stages.report import EXPORT_FOLDER, TABLE_FILE, Report
 from pipelines.stages.search import Search, cheap_quantities
 from pipelines.stages.train import Train
 from pipelines.tracking import PARENT, NoTracker, Tracker
+from pipelines.verdict import compared
 from search.engine import check_cluster
 from search.problem import Constraint
 from sparsevit import __version__
@@ -30,6 +31,8 @@ from sparsevit.allocator import keep_freed_memory
 from sparsevit.latency import LatencyPredictor
 
 STAGES: tuple[Stage, ...] = (Train(), Adapt(), Calibrate(), Search(), Finetune(), Report())
+CHECK = "check"
+"""In place of a stage: look at data and weights, and do nothing."""
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +54,9 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
         print_plan(Run(config, ArtifactStore(output / "stages"), NoTracker()), stages, {})
         return {}
     run = Run(config, ArtifactStore(output / "stages"), NoTracker())
+    if config.until == CHECK:
+        print_findings(run)
+        return {}
     keys = stage_keys(run, stages)
     if "search" in keys:
         check_cluster(config.cluster.address)
@@ -64,7 +70,7 @@ def run_pipeline(config: schema.ConfigSchema) -> dict[str, StageResult]:
     run.tracker = _tracker(config, run_folder)
     if any(run.store.find(stage.name, keys[stage.name]) is None for stage in stages):
         run.initial_model()  # a checkpoint that does not fit fails here
-        verify_images(run)
+        run.verify_images()
     run.tracker.start(PARENT, config.experiment, params=build.flat(config))
     try:
         for stage in _in_order(stages, config):
@@ -100,16 +106,6 @@ def stage_keys(run: Run, stages: tuple[Stage, ...]) -> dict[str, str]:
     return keys
 
 
-def verify_images(run: Run) -> None:
-    """Look at every image before long work starts."""
-    if run.config.data.verify == "none":
-        return
-    total = sum(len(split) for split in run.splits)
-    with progress_bar(total, "check the images", unit="image") as advance:
-        for split in run.splits:
-            split.verify(decode=run.config.data.verify == "decode", on_sample=advance)
-
-
 def link_results(run_folder: Path, results: dict[str, StageResult]) -> None:
     """Give the run's folder a link to every stage it used."""
     for name, result in results.items():
@@ -123,11 +119,14 @@ def print_summary(run: Run, seconds: float) -> None:
     report = run.results["report"].folder
     metric = run.task.metric
     table = pd.read_csv(report / TABLE_FILE, keep_default_na=True).fillna({"chosen": ""})
+    remarks = [remark for stage in STAGES if (remark := stage.remark(run)) is not None]
+    for remark in remarks:
+        print(f"\nwarning: {remark}")
     print("\nPareto front, measured (* chosen and finetuned)")
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     values = run.results["report"].metrics
     print(
-        f"\nchosen: {values['chosen_speedup']:.2f}× faster than dense, {metric} "
+        f"\nchosen: {compared(values['chosen_speedup'])}, {metric} "
         f"{values[f'chosen_{metric}']:.3f} against {values[f'dense_{metric}']:.3f}"
     )
     print(f"report:  {report / HTML_FILE}")
@@ -137,7 +136,8 @@ def print_summary(run: Run, seconds: float) -> None:
             print(f"         {run.tracker.num_unsent} records could not be sent; the next run sends them")
     print("load the subnet:")
     print("    from sparsevit import load_exported")
-    print(f"    model = load_exported({str(report / EXPORT_FOLDER)!r})")
+    trust = ", trusted=True" if ":" in run.config.task.name else ""
+    print(f"    model = load_exported({str(report / EXPORT_FOLDER)!r}{trust})")
     print(f"    {run.task.example}")
     print(f"finished in {seconds:.0f} s")
 
@@ -160,7 +160,8 @@ def _run_stage(run: Run, stage: Stage, key: str) -> None:
         raise
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     how = "skipped, finished before" if result.was_reused else f"done in {result.seconds:.0f} s"
-    logger.info("%s: %s (%s)", label, how, figures)
+    remark = stage.remark(run)
+    logger.info("%s: %s (%s)%s", label, how, figures, "" if remark is None else f" – {remark}")
     if not run.tracker.is_ended(stage.name):
         run.tracker.log_metrics(stage.name, {**result.metrics, "seconds": result.seconds})
         for path in sorted(result.folder.iterdir()):
@@ -197,10 +198,12 @@ def _in_order(stages: tuple[Stage, ...], config: schema.ConfigSchema) -> list[St
 
 
 def _until(name: str) -> tuple[Stage, ...]:
-    names = [stage.name for stage in STAGES]
+    names = [CHECK, *(stage.name for stage in STAGES)]
     if name not in names:
         raise ConfigurationError(f"until={name}: choose one of {', '.join(names)}")
-    return STAGES[: names.index(name) + 1]
+    if name == CHECK:
+        return ()
+    return STAGES[: names.index(name)]
 
 
 def _tracking_uri(config: schema.ConfigSchema) -> str:

@@ -77,7 +77,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     choices = options.choices or (DEFAULT_CHOICES if prior is None else prior.space.choices)
     with _subject(
         options.what, options.measure, options.batch_size, tuple(options.image_size), options.dtype,
-        options.runtime, _prepare(options.device, options.threads),
+        options.runtime, _prepare(options.device, options.threads), trusted=options.trusted,
     ) as (subject, name):  # fmt: skip
         space = SparsitySpace(subject.config.depths, tuple(choices))
         predictor = calibrate(subject, name, space, config, _counter("forward passes"), prior=prior)
@@ -102,7 +102,7 @@ def _validate(options: argparse.Namespace) -> None:
     with _subject(
         str(options.model) if is_model else setting.backbone, "model" if is_model else BACKBONE,
         setting.batch_size, setting.image_size, setting.dtype, setting.runtime,
-        _prepare(options.device, setting.num_threads or None),
+        _prepare(options.device, setting.num_threads or None), trusted=options.trusted,
     ) as (subject, name):  # fmt: skip
         for line in _differences(setting, describe_setting(name, subject)):
             print(f"warning: {line}", file=sys.stderr)
@@ -118,6 +118,8 @@ def _subject(
     dtype: str,
     runtime: str,
     device: torch.device,
+    *,
+    trusted: bool,
 ) -> Iterator[tuple[Subject, str]]:
     """What is to be measured, and the name of its backbone."""
     if what in BACKBONES:
@@ -131,7 +133,7 @@ def _subject(
             )
         from sparsevit.export import load_example, load_exported  # needs more than torch and numpy
 
-        exported = load_exported(what).to(device)
+        exported = load_exported(what, trusted=trusted).to(device)
         name, backbone = exported.config["backbone"], exported.backbone
     if measure == BACKBONE:
         with backbone_subject(
@@ -277,6 +279,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, default=1)
     check.set_defaults(command=_validate)
     for command in (new, check):
+        command.add_argument(
+            "--trusted", action="store_true",
+            help="the export may import and call the task that it names, if that is not one of ours",
+        )  # fmt: skip
         limits = TimingLimits()
         command.add_argument(
             "--half-width", type=float, default=limits.max_half_width,
