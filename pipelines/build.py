@@ -25,7 +25,7 @@ from sparsevit.data.drives import DrivesConfig, write_drives
 from sparsevit.data.errors import DataError
 from sparsevit.data.generated import MARKER
 from sparsevit.data.shapes import ShapesConfig, write_shapes
-from sparsevit.data.split import DataSplit
+from sparsevit.data.split import DataSplit, open_split
 from sparsevit.data.streets import StreetsConfig, write_streets
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.calibration import CalibrationConfig
@@ -352,17 +352,19 @@ def data_splits(config: ConfigSchema, on_image: Any) -> tuple[DataSplit, DataSpl
     if is_generated(config):
         generator(config)(root, on_image)
     data = task(config, num_classes=1).data
-    train = data(root, config.data.train or _find_split(data, root, "train"))
-    report = data(root, config.data.val or _find_split(data, root, "report", "val"))
+
+    def opened(split: str) -> DataSplit:
+        whole = open_split(data, root, split, config.data.images)
+        limit = config.data.limit
+        return whole if limit is None else whole.subset(whole.sample_ids[:limit])
+
+    train = opened(config.data.train or _find_split(data, root, "train"))
+    report = opened(config.data.val or _find_split(data, root, "report", "val"))
     search_split = config.data.search or _find_split(data, root, "search", is_optional=True)
-    if config.data.limit is not None:
-        train, report = (split.subset(split.sample_ids[: config.data.limit]) for split in (train, report))
     if search_split is None:
         train, search = train.hold_out(config.data.num_search, config.seed)
     else:
-        search = data(root, search_split)
-        if config.data.limit is not None:
-            search = search.subset(search.sample_ids[: config.data.limit])
+        search = opened(search_split)
     for split in (search, report):
         if split.class_names != train.class_names:
             raise DataError(

@@ -48,6 +48,9 @@ class Stage(Protocol):
     def score(self, run: "Run") -> Mapping[str, float]:
         """What to know about the finished stage that depends on more than its result: accuracies."""
 
+    def remark(self, run: "Run") -> str | None:
+        """A sentence that belongs beside its figures, if one does. The stage is in `run.results`."""
+
 
 @dataclass
 class Run:
@@ -57,7 +60,7 @@ class Run:
     store: ArtifactStore
     tracker: Tracker | NoTracker
     results: dict[str, StageResult] = field(default_factory=dict)
-    _evaluated: tuple[str, nn.Module] | None = None  # the model that was evaluated last
+    _evaluated: tuple[Path, nn.Module] | None = None  # the model that was evaluated last
 
     @cached_property
     def device(self) -> torch.device:
@@ -98,6 +101,14 @@ class Run:
                 logger.info("  %s", sentence)
         return settled_task(self.config, task, imported)
 
+    def verify_images(self) -> None:
+        """Look at every image before long work starts, as closely as `data.verify` says."""
+        if self.config.data.verify == "none":
+            return
+        with progress_bar(sum(map(len, self.splits)), "check the images", unit="image") as advance:
+            for split in self.splits:
+                split.verify(decode=self.config.data.verify == "decode", on_sample=advance)
+
     def build_model(self) -> nn.Module:
         """The whole model with random weights, on the CPU."""
         with torch.random.fork_rng():
@@ -113,13 +124,7 @@ class Run:
 
     def model_of(self, stage: str) -> nn.Module:
         """The model that a finished stage left."""
-        path = self.results[stage].folder / WEIGHTS_FILE
-        model = self.build_model()
-        try:
-            model.load_state_dict(read_weights(path))
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the model of this run: {error}") from error
-        return model.to(self.device)
+        return self._model_in(self.results[stage].folder)
 
     def accuracy(
         self, stage: str, dataset: DataSplit, sparsity: SparsityVector, label: str
@@ -131,20 +136,26 @@ class Run:
     def scores(
         self, stage: str, dataset: DataSplit, sparsity: SparsityVector, label: str
     ) -> Mapping[str, float]:
-        """The metrics and their parts, such as the accuracy of every class.
+        """The metrics and their parts, such as the accuracy of every class."""
+        return self.scores_in(self.results[stage].folder, dataset, sparsity, f"{stage}: accuracy {label}")
+
+    def scores_in(
+        self, folder: Path, dataset: DataSplit, sparsity: SparsityVector, label: str
+    ) -> Mapping[str, float]:
+        """`scores` of the weights in the folder of a stage, which need not be finished.
 
         Kept beside its weights, so that it is computed once, whoever asks.
         """
-        path = self.results[stage].folder / SCORES_FILE
+        path = folder / SCORES_FILE
         precision = resolve_precision(self.config.evaluation.precision, self.device)
         key = content_key([self.data_fingerprint(dataset), list(sparsity.ratios), precision])
         known = read_json(path) if path.is_file() else {}
         if key not in known:
-            if self._evaluated is None or self._evaluated[0] != stage:
-                self._evaluated = stage, self.model_of(stage)
+            if self._evaluated is None or self._evaluated[0] != folder:
+                self._evaluated = folder, self._model_in(folder)
             start = time.monotonic()
             with (
-                progress_bar(len(dataset), f"{stage}: accuracy {label}", unit="image") as advance,
+                progress_bar(len(dataset), label, unit="image") as advance,
                 autocast(precision, self.device),
             ):
                 scores = self.task.evaluate(
@@ -161,6 +172,20 @@ class Run:
             write_json(path, known)
         scores = known[key]["scores"]
         return dict(scores)
+
+    def forget_scores(self, folder: Path) -> None:
+        """Do away with what `scores_in` knows of a folder, before its weights change."""
+        (folder / SCORES_FILE).unlink(missing_ok=True)
+        self._evaluated = None
+
+    def _model_in(self, folder: Path) -> nn.Module:
+        path = folder / WEIGHTS_FILE
+        model = self.build_model()
+        try:
+            model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not fit the model of this run: {error}") from error
+        return model.to(self.device)
 
     def seed_for(self, stage: str) -> int:
         """A seed of its own for every training stage."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from search.evaluator import Evaluator
 from sparsevit.allocator import keep_freed_memory
 from sparsevit.backbone import create_backbone
+from sparsevit.data.split import open_split
 from sparsevit.latency.machine import set_num_threads
 from sparsevit.precision import autocast
 from sparsevit.sparsity import SparsityVector
@@ -54,6 +55,7 @@ class SupernetEvaluatorFactory:
     task_config: Mapping[str, Any]
     weights: Mapping[str, SharedTensor]
     data_root: Path
+    image_folder: str | None
     split: str
     sample_ids: tuple[Any, ...]
     batch_size: int
@@ -67,7 +69,7 @@ class SupernetEvaluatorFactory:
         device = torch.device(self.device)
         task = create_task(self.task, self.task_config)
         model = self.model().to(device)
-        dataset = task.data(self.data_root, self.split).subset(self.sample_ids)
+        dataset = open_split(task.data, self.data_root, self.split, self.image_folder).subset(self.sample_ids)
         all_samples = dataset.sample_ids
 
         def evaluate(vector: SparsityVector, budget: int | None) -> Mapping[str, float]:

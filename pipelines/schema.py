@@ -121,6 +121,7 @@ class GeneratedSchema:
 @dataclass
 class DataSchema:
     root: str = MISSING
+    images: str | None = None  # folder of the images, below the root, where they are not found by themselves
     train: str | None = None
     search: str | None = None
     val: str | None = None

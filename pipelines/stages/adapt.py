@@ -37,3 +37,6 @@ class Adapt:
             **{f"search_{name}": value for name, value in dense.items()},
             **{f"search_sparsest_{name}": value for name, value in sparsest.items()},
         }
+
+    def remark(self, run: Run) -> str | None:
+        return None

@@ -58,3 +58,6 @@ class Calibrate:
 
     def score(self, run: Run) -> Mapping[str, float]:
         return {}
+
+    def remark(self, run: Run) -> str | None:
+        return None

@@ -7,16 +7,18 @@ from typing import Any, cast
 
 from pipelines import build
 from pipelines.artifacts import write_json
-from pipelines.context import Run
+from pipelines.context import WEIGHTS_FILE, Run
 from pipelines.schema import ConfigSchema
 from pipelines.search_log import FRONT_FILE
 from pipelines.stages.search import search_problem
 from pipelines.stages.training import train_stage, training_key
 from search.pareto import FrontMember
 from search.selection import Rule, choose
+from sparsevit.checkpoints import read_weights, write_weights
 from sparsevit.sparsity import SparsityVector
 
 CHOICE_FILE = "chosen.json"
+REVERTED_FILE = "reverted.json"
 MEASURED = "measured_ms"
 
 
@@ -40,8 +42,10 @@ class Finetune:
             folder / CHOICE_FILE, {"rule": rule, "vector": list(chosen.vector.ratios), **chosen.values}
         )
         num_steps = train_stage(run, self.name, model, config, folder, lambda generator: chosen.vector)
+        is_better = self._keep_better(run, chosen.vector, folder)
         return {
             "num_steps": num_steps,
+            "is_kept": float(is_better),
             "predicted_ms": chosen.values["latency_ms"],
             f"search_{run.task.metric}_before": chosen.values[run.task.metric],
         }
@@ -50,6 +54,28 @@ class Finetune:
         """Accuracy on the search split, to compare with the one before."""
         after = run.accuracy(self.name, run.search_set, chosen_member(run).vector, "of the subnet")
         return {f"search_{name}": value for name, value in after.items()}
+
+    def remark(self, run: Run) -> str | None:
+        if run.results[self.name].metrics["is_kept"]:
+            return None
+        return "finetuning made the subnet worse on the search split: the adapted weights are kept"
+
+    def _keep_better(self, run: Run, vector: SparsityVector, folder: Path) -> bool:
+        """Put the adapted weights back where finetuning lost accuracy; whether its own are kept.
+
+        A file says so before anything is replaced, so that a kill in between changes nothing.
+        """
+        marker = folder / REVERTED_FILE
+        if not marker.is_file():
+            metric, split = run.task.metric, run.search_set
+            before = run.scores("adapt", split, vector, "before finetuning")[metric]
+            after = run.scores_in(folder, split, vector, f"{self.name}: accuracy after finetuning")[metric]
+            if after >= before:
+                return True
+            write_json(marker, {f"{metric}_before": before, f"{metric}_after": after})
+        run.forget_scores(folder)
+        write_weights(folder / WEIGHTS_FILE, read_weights(run.results["adapt"].folder / WEIGHTS_FILE))
+        return False
 
     def _choose(self, run: Run) -> FrontMember:
         config, metric = run.config.finetune, run.task.metric

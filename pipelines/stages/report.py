@@ -20,6 +20,7 @@ from pipelines.schema import ConfigSchema
 from pipelines.stages.calibrate import PREDICTOR_FILE
 from pipelines.stages.finetune import chosen_member, front_members
 from pipelines.stages.search import search_problem, study_file
+from pipelines.verdict import chance_remark
 from search.pareto import FrontMember, ParetoFront
 from search.problem import Objective
 from search.progress import SearchProgress
@@ -133,6 +134,9 @@ class Report:
     def score(self, run: Run) -> Mapping[str, float]:
         return {}
 
+    def remark(self, run: Run) -> str | None:
+        return None
+
 
 def class_table(scores: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Parts of metrics, such as the accuracy of every class: a row each, a column per model."""
@@ -214,7 +218,9 @@ def _header(run: Run) -> dict[str, Any]:
     device = setting.device if run.config.cluster.latency_lane is not None else here["device"]
     is_there = setting.device != device
     num_refits = int(run.results["search"].metrics["num_refits"])
+    warning = chance_remark(run)
     return {
+        **({} if warning is None else {"warning": warning}),
         "experiment": run.config.experiment,
         "scale": run.config.scale,
         "backbone": run.config.backbone.name,

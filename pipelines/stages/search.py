@@ -162,6 +162,9 @@ class Search:
     def score(self, run: Run) -> Mapping[str, float]:
         return {}
 
+    def remark(self, run: Run) -> str | None:
+        return None
+
     def _factory(self, run: Run) -> SupernetEvaluatorFactory:
         cluster = build.engine(run.config)
         split = run.search_set
@@ -173,6 +176,7 @@ class Search:
                 name: SharedTensor.of(value) for name, value in run.model_of("adapt").state_dict().items()
             },
             data_root=split.root.resolve(),
+            image_folder=run.config.data.images,
             split=split.split,
             sample_ids=tuple(split.sample_ids),
             batch_size=run.config.evaluation.batch_size,

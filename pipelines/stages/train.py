@@ -10,6 +10,7 @@ from pipelines.artifacts import path_digest
 from pipelines.context import WEIGHTS_FILE, Run
 from pipelines.schema import ConfigSchema
 from pipelines.stages.training import train_stage, training_key
+from pipelines.verdict import chance_remark
 from sparsevit.checkpoints import write_weights
 
 logger = logging.getLogger(__name__)
@@ -54,3 +55,6 @@ class Train:
         dense = run.accuracy(self.name, run.report_set, run.space.dense, "of the dense model")
         sparsest = run.accuracy(self.name, run.report_set, run.space.sparsest, "at the sparsest")
         return {**dense, **{f"sparsest_{name}": value for name, value in sparsest.items()}}
+
+    def remark(self, run: Run) -> str | None:
+        return chance_remark(run)

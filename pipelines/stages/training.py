@@ -1,5 +1,6 @@
 """What the three training stages share: the trainer under a progress bar, losses to MLflow."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from pipelines import build
 from pipelines.context import WEIGHTS_FILE, Run
 from pipelines.progress import progress_bar
 from pipelines.schema import TrainingSchema
+from pipelines.verdict import steps_remark
 from sparsevit.checkpoints import read_weights, write_weights
 from sparsevit.sparsity import SparsityVector
 from sparsevit.training import train
 
+logger = logging.getLogger(__name__)
 METRICS_EVERY_STEPS = 10
 _NO_EFFECT_ON_RESULT = ("num_workers", "checkpoint_every_s")
 
@@ -46,6 +49,9 @@ def train_stage(
     if finished.is_file():
         model.load_state_dict(read_weights(finished))
         return build.training(stage, len(dataset)).num_steps
+    remark = steps_remark(run, name, stage)
+    if remark is not None:
+        logger.info("  %s", remark)
     dataset.transform = run.task.training_transform()
     config = build.training(stage, len(dataset))
     checkpoint = folder / "checkpoint.pt"

@@ -4,7 +4,8 @@ Legend: H, W height and width of an image.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,22 @@ class CityscapesFrames(DataSplit):
 
     def label_path(self, sample_id: str) -> Path:
         return self.root / "gtFine" / self.split / f"{sample_id}{LABEL_SUFFIX}"
+
+    def class_counts(self) -> Mapping[str, int]:
+        """Frames that have a class."""
+        used = Counter(
+            label_id
+            for sample_id in self.sample_ids
+            for label_id in torch.unique(self._read_label_ids(sample_id)).tolist()
+        )
+        return {each.name: used[each.label_id] for each in CLASSES}
+
+    def image_sizes(self) -> Mapping[tuple[int, int], int]:
+        sizes: Counter[tuple[int, int]] = Counter()
+        for sample_id in self.sample_ids:
+            with open_image(self.label_path(sample_id)) as labels:
+                sizes[labels.size[1], labels.size[0]] += 1
+        return sizes
 
     def digest(self) -> str:
         known = hashlib.sha256()

@@ -7,7 +7,8 @@ import contextlib
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -100,6 +101,15 @@ class CocoInstances(DataSplit):
     def image_path(self, image_id: int | str) -> Path:
         path: Path = self.image_folder / self.coco.imgs[image_id]["file_name"]
         return path
+
+    def class_counts(self) -> Mapping[str, int]:
+        targets = (self._targets(image_id) for image_id in self.sample_ids)
+        used = Counter(annotation["category_id"] for each in targets for annotation in each)
+        by_class = zip(self.class_names, self.category_ids, strict=True)
+        return {name: used[category] for name, category in by_class}
+
+    def image_sizes(self) -> Mapping[tuple[int, int], int]:
+        return Counter(self._size(image_id) for image_id in self.sample_ids)
 
     def digest(self) -> str:
         with self.annotation_file.open("rb") as file:

@@ -5,7 +5,8 @@ Legend: N cameras; H, W size of an image; I boxes.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ class NuScenesSamples(DataSplit):
     def image_path(self, token: str, camera: str) -> Path:
         sample_data = self.tables.get("sample", token)["data"][camera]
         return self.root / str(self.tables.get("sample_data", sample_data)["filename"])
+
+    def class_counts(self) -> Mapping[str, int]:
+        used = Counter(label for each in self._annotations() if (label := _label(each)) is not None)
+        return {name: used[label] for label, name in enumerate(CLASSES)}
+
+    def image_sizes(self) -> Mapping[tuple[int, int], int]:
+        return Counter(self._photo(token, camera)[1] for token in self.sample_ids for camera in CAMERAS)
 
     def digest(self) -> str:
         known = hashlib.sha256(self.version.encode())

@@ -1,8 +1,9 @@
 """What every data set has: splits of samples that are known by an identifier."""
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,6 +53,14 @@ class DataSplit(Dataset[Sample], ABC):
             DataError: naming the first file that is missing, unreadable or contradicts another.
         """
 
+    def class_counts(self) -> Mapping[str, int]:
+        """How many annotations of every class the samples in use have; empty where that is not known."""
+        return {}
+
+    def image_sizes(self) -> Mapping[tuple[int, int], int]:
+        """How many images in use have a height and width; empty where that is not known."""
+        return {}
+
     def __len__(self) -> int:
         return len(self.sample_ids)
 
@@ -77,3 +86,18 @@ class DataSplit(Dataset[Sample], ABC):
         held_out = [self.sample_ids[index] for index in order[:num_samples]]
         rest = [self.sample_ids[index] for index in order[num_samples:]]
         return self.subset(rest), self.subset(held_out)
+
+
+def open_split(data: type[DataSplit], root: Path, split: str, image_folder: str | None) -> DataSplit:
+    """A split of a data set, its images in a folder of the user's if one is given.
+
+    Raises:
+        DataError: if the split cannot be used, or a format finds its images by itself.
+    """
+    if image_folder is None:
+        return data(root, split)
+    if "image_folder" not in inspect.signature(data).parameters:
+        raise DataError(
+            f"the image folder {image_folder!r} was given, but {data.__name__} finds its images by itself"
+        )
+    return data(root, split, image_folder=image_folder)  # type: ignore[call-arg]

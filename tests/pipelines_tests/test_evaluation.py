@@ -50,6 +50,7 @@ def test_the_workers_of_a_node_share_one_copy_of_the_weights(tmp_path: Path) -> 
         task_config=asdict(task.config),
         weights={name: SharedTensor.of(value) for name, value in model.state_dict().items()},
         data_root=tmp_path,
+        image_folder=None,
         split="search",
         sample_ids=(),
         batch_size=1,
