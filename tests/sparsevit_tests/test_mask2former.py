@@ -1,5 +1,7 @@
 """Mask2Former on the sparse backbone: equal to transformers' own, loadable from its checkpoints."""
 
+import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 
 from sparsevit import SparseSwin, SparsityVector, create_backbone
 from sparsevit.backbone import BACKBONES
-from sparsevit.checkpoints import CheckpointError, import_checkpoint, load_model_weights
+from sparsevit.checkpoints import CheckpointError, import_checkpoint, load_model_weights, read_weights
+from sparsevit.checkpoints.backbone import named_weights
+from sparsevit.checkpoints.detectron2_mask2former import convert, recognises
+from sparsevit.checkpoints.foreign import Imported
 from sparsevit.data.sample import IGNORED
 from sparsevit.precision import autocast
 from sparsevit.tasks.mask2former import Mask2FormerConfig, SparseMask2Former
@@ -49,6 +54,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mask2FormerForUni
             train_num_points=64,
         )
     ).eval()  # fmt: skip
+    with torch.no_grad():
+        for (
+            parameter
+        ) in model.parameters():  # biases begin as zeros, and would not show that they were swapped
+            parameter += 0.02 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp("mask2former")
     model.save_pretrained(folder)
     return model, folder
@@ -179,3 +189,143 @@ def test_another_window_size_is_said(
     shape = replace(BACKBONES["swin_nano"], window_size=7)
     load(SparseMask2Former(SparseSwin(shape), SMALL), library[1])
     assert "has another window size: 12 tables of relative positions were resampled" in caplog.text
+
+
+# transformers' names, which ours begin otherwise, as Detectron2 has them; in this order.
+DETECTRON2_NAMES = (
+    ("model.pixel_level_module.decoder.", "sem_seg_head.pixel_decoder."),
+    ("model.transformer_module.decoder.layers.", "sem_seg_head.predictor.LAYER."),
+    ("model.transformer_module.decoder.", "sem_seg_head.predictor."),
+    ("model.transformer_module.", "sem_seg_head.predictor."),
+    (
+        r"pixel_decoder\.encoder\.layers\.(\d+)\.self_attn_layer_norm",
+        r"pixel_decoder.encoder.layers.\1.norm1",
+    ),
+    (r"pixel_decoder\.encoder\.layers\.(\d+)\.final_layer_norm", r"pixel_decoder.encoder.layers.\1.norm2"),
+    (r"pixel_decoder\.encoder\.layers\.(\d+)\.fc", r"pixel_decoder.encoder.layers.\1.linear"),
+    (r"pixel_decoder\.(encoder|level_embed)", r"pixel_decoder.transformer.\1"),
+    ("input_projections", "input_proj"),
+    ("mask_projection", "mask_features"),
+    (r"(adapter_1|layer_1)\.1\.", r"\1.norm."),
+    (r"(adapter_1|layer_1)\.0\.", r"\1."),
+    (r"LAYER\.(\d+)\.self_attn_layer_norm", r"transformer_self_attention_layers.\1.norm"),
+    (r"LAYER\.(\d+)\.cross_attn_layer_norm", r"transformer_cross_attention_layers.\1.norm"),
+    (r"LAYER\.(\d+)\.final_layer_norm", r"transformer_ffn_layers.\1.norm"),
+    (r"LAYER\.(\d+)\.fc", r"transformer_ffn_layers.\1.linear"),
+    (r"LAYER\.(\d+)\.self_attn", r"transformer_self_attention_layers.\1.self_attn"),
+    (r"LAYER\.(\d+)\.cross_attn", r"transformer_cross_attention_layers.\1.multihead_attn"),
+    ("predictor.layernorm", "predictor.decoder_norm"),
+    (r"mask_predictor\.mask_embedder\.(\d)\.0", r"mask_embed.layers.\1"),
+    ("queries_embedder", "query_embed"),
+    ("queries_features", "query_feat"),
+    ("^class_predictor", "sem_seg_head.predictor.class_embed"),
+)
+
+
+def names_of_detectron2(library: tuple[Mask2FormerForUniversalSegmentation, Path]) -> dict[str, Tensor]:
+    """The weights of transformers' model as the authors' code saves them."""
+    ours = SparseMask2Former(create_backbone("swin_nano"), SMALL)
+    load(ours, library[1])
+    of_backbone, left_out = named_weights(ours.backbone, "microsoft")
+    assert left_out == ()
+    named = {f"backbone.{name}": value for name, value in of_backbone.items()}
+    for name, value in library[0].state_dict().items():
+        if name.startswith("model.pixel_level_module.encoder."):
+            continue
+        for theirs, detectron2 in DETECTRON2_NAMES:
+            name = re.sub(theirs, detectron2, name)
+        if name.startswith("sem_seg_head.predictor") and name.split(".")[-2] in (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+        ):
+            layer, part, leaf = name.rsplit(".", 2)
+            joined = named.setdefault(f"{layer}.in_proj_{leaf}", torch.cat([torch.zeros_like(value)] * 3))
+            joined.chunk(3)["qkv".index(part[0])].copy_(value)
+        else:
+            named[name] = value
+    return named
+
+
+def first_version(name: str) -> str:
+    """Names before version 2 of the authors' code."""
+    return name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head.").replace("query_feat", "static_query")
+
+
+def load_detectron2(model: SparseMask2Former, path: Path) -> tuple[str, ...]:
+    weights = read_weights(path)
+    assert recognises(weights)
+    imported = Imported(path, convert(weights), "Detectron2", SMALL, SMALL)
+    return load_model_weights(
+        model, model.backbone, imported, class_layers=SemanticSegmentation.class_layers
+    ).uncovered
+
+
+PUBLISHED = (
+    "backbone.patch_embed.proj.weight", "backbone.layers.0.downsample.reduction.weight",
+    "backbone.norm3.bias", "criterion.empty_weight", "sem_seg_head.pixel_decoder.adapter_1.weight",
+    "sem_seg_head.pixel_decoder.adapter_1.norm.weight", "sem_seg_head.pixel_decoder.input_proj.2.1.bias",
+    "sem_seg_head.pixel_decoder.layer_1.norm.bias", "sem_seg_head.pixel_decoder.mask_features.bias",
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.linear1.bias",
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.norm2.weight",
+    "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.bias",
+    "sem_seg_head.pixel_decoder.transformer.level_embed", "sem_seg_head.predictor.class_embed.weight",
+    "sem_seg_head.predictor.decoder_norm.bias", "sem_seg_head.predictor.level_embed.weight",
+    "sem_seg_head.predictor.mask_embed.layers.2.bias", "sem_seg_head.predictor.query_embed.weight",
+    "sem_seg_head.predictor.query_feat.weight",
+    "sem_seg_head.predictor.transformer_cross_attention_layers.1.multihead_attn.in_proj_bias",
+    "sem_seg_head.predictor.transformer_cross_attention_layers.1.multihead_attn.out_proj.weight",
+    "sem_seg_head.predictor.transformer_cross_attention_layers.1.norm.weight",
+    "sem_seg_head.predictor.transformer_ffn_layers.1.linear2.weight",
+    "sem_seg_head.predictor.transformer_ffn_layers.1.norm.bias",
+    "sem_seg_head.predictor.transformer_self_attention_layers.1.norm.bias",
+    "sem_seg_head.predictor.transformer_self_attention_layers.1.self_attn.in_proj_weight",
+    "sem_seg_head.predictor.transformer_self_attention_layers.1.self_attn.out_proj.bias",
+)  # fmt: skip
+"""A name of every kind, as they stand in the files that the authors publish."""
+
+
+@pytest.mark.parametrize("kind", ["model.pkl", "model.pth", "first.pkl"])
+def test_logits_of_a_file_of_detectron2_equal_those_of_transformers(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path], tmp_path: Path, kind: str
+) -> None:
+    named = names_of_detectron2(library)
+    assert set(PUBLISHED) <= named.keys()
+    if kind == "first.pkl":
+        named = {first_version(name): value for name, value in named.items()}
+    if kind == "model.pth":
+        torch.save({"model": {f"module.{name}": value for name, value in named.items()}}, tmp_path / kind)
+    else:
+        arrays = {name: value.numpy() for name, value in named.items()}
+        (tmp_path / kind).write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
+    ours = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
+    assert load_detectron2(ours, tmp_path / kind) == ()
+    images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = library[0](images)
+        class_logits, mask_logits = ours.logits(images)
+    torch.testing.assert_close(class_logits[-1], expected.class_queries_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mask_logits[-1], expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.criterion.empty_weight, library[0].criterion.empty_weight)
+
+
+def test_file_of_detectron2_that_lacks_a_tensor_or_has_another(
+    library: tuple[Mask2FormerForUniversalSegmentation, Path], tmp_path: Path
+) -> None:
+    named = names_of_detectron2(library)
+    model = SparseMask2Former(create_backbone("swin_nano"), SMALL)
+    torch.save({**named, "sem_seg_head.predictor.input_proj.0.weight": torch.zeros(2)}, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match=r"sem_seg_head\.predictor\.input_proj\.0\.weight"):
+        load_detectron2(model, tmp_path / "more.pth")
+    del named["sem_seg_head.predictor.transformer_self_attention_layers.1.self_attn.in_proj_bias"]
+    torch.save(named, tmp_path / "less.pth")
+    with pytest.raises(
+        CheckpointError, match=r"Missing: transformer\.decoder\.layers\.1\.self_attn\.k_proj\.bias"
+    ):
+        load_detectron2(model, tmp_path / "less.pth")
+
+
+def test_only_detectron2_is_taken_for_it(library: tuple[Mask2FormerForUniversalSegmentation, Path]) -> None:
+    assert recognises(names_of_detectron2(library))
+    assert not recognises(library[0].state_dict())
+    assert not recognises(SparseMask2Former(create_backbone("swin_nano"), SMALL).state_dict())
