@@ -1,23 +1,17 @@
 """Annotation files in COCO format: read, checked, and brought to what the official evaluation needs."""
 
-import json
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from sparsevit.data.coco_masks import MAX_OVERHANG, Sizes, check_polygons, short, tidy_segmentation, to_rle
+from sparsevit.data.coco_masks import MAX_OVERHANG, check_polygons, tidy_segmentation, to_rle
+from sparsevit.data.coco_records import Record, Sizes, check_unique, number, read_records, short
+from sparsevit.data.coco_rles import check_rles
 from sparsevit.data.errors import DataError
-from sparsevit.data.images import MAX_PIXELS
-
-Record = dict[str, Any]
-CROWD_FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}
-"""What ``iscrowd`` may be; true and false, 0.0 and 1.0 are among it, as Python compares."""
-
 
 NO_MASK = "no mask, neither an RLE nor a polygon of three points or more, and masks are needed"
 CROWD = "iscrowd 1, so they are ignored"
@@ -45,22 +39,16 @@ def read_annotations(annotation_file: Path, *, needs_masks: bool) -> Annotations
             itself, or has nothing to learn from.
     """
     try:
-        dataset = _parse(annotation_file)
-        images, categories, annotations = (
-            _records(dataset, name) for name in ("images", "categories", "annotations")
-        )
-        _check_ids(images, "image")
-        _check_images(images)
-        _check_ids(categories, "category")
-        _check_categories(categories)
+        dataset = read_records(annotation_file)
+        images, categories, annotations = (dataset[name] for name in ("images", "categories", "annotations"))
         sizes = {image["id"]: (image["height"], image["width"]) for image in images}
         _check_annotations(annotations, sizes, {category["id"] for category in categories})
         _fill_boxes_and_areas(annotations, sizes)
         kept = _usable(annotations, sizes, needs_masks=needs_masks)
     except DataError as error:
         raise DataError(f"{annotation_file}: {error}") from error
-    for number, annotation in enumerate(kept, start=1):
-        annotation["id"] = number
+    for identifier, annotation in enumerate(kept, start=1):
+        annotation["id"] = identifier
         if not needs_masks:
             del annotation["segmentation"]
     # Some versions of pycocotools copy "info" without a look whether it is there.
@@ -68,96 +56,12 @@ def read_annotations(annotation_file: Path, *, needs_masks: bool) -> Annotations
     return Annotations(dataset | {"annotations": kept, "info": info}, len(annotations) - len(kept))
 
 
-def _parse(annotation_file: Path) -> dict[str, Any]:
-    try:
-        dataset = json.loads(annotation_file.read_bytes())  # bytes, so that it finds the encoding
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"this is not valid JSON, or not all of it: {error}") from error
-    if not isinstance(dataset, dict):
-        raise DataError(
-            f"this is not COCO format: at the top is a {type(dataset).__name__}, not an object with images, "
-            "annotations and categories"
-        )
-    return dataset
-
-
-def _records(dataset: Mapping[str, Any], name: str) -> list[Record]:
-    records = dataset.get(name)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"this is not COCO format: {name!r} is not a list of objects")
-    if not records and name != "annotations":
-        raise DataError(f"it lists no {name}")
-    return records
-
-
-def _check_ids(records: Sequence[Record], kind: str) -> None:
-    """Ids are all integers or all strings, and every one is there once."""
-    for record in records:
-        identifier = record.get("id")
-        if isinstance(identifier, float) and identifier.is_integer():
-            record["id"] = int(identifier)
-        elif type(identifier) not in (int, str):
-            raise DataError(
-                f"the {kind} {short(record)} has the id {short(identifier)}; it must be an integer"
-            )
-    first_of_type = {type(record["id"]): record["id"] for record in reversed(records)}
-    if len(first_of_type) > 1:
-        raise DataError(
-            f"ids of {kind} records are integers and strings, such as {first_of_type[int]!r} and "
-            f"{first_of_type[str]!r}: make them one or the other"
-        )
-    _check_unique((repr(record["id"]) for record in records), f"{kind} id")
-
-
-def _check_unique(values: Iterable[str], what: str) -> None:
-    for value, count in Counter(values).most_common(1):
-        if count > 1:
-            raise DataError(f"lists {what} {value} {count} times: each may be there once")
-
-
-def _check_images(images: Sequence[Record]) -> None:
-    for image in images:
-        named = f"image {image['id']!r}"
-        for key in ("width", "height"):
-            side = _number(image.get(key))
-            if not (side.is_integer() and side >= 1):
-                raise DataError(
-                    f"{named} has the {key} {short(image.get(key))}; width and height must be positive whole "
-                    "numbers of pixels"
-                )
-            image[key] = int(side)
-        if MAX_PIXELS and image["width"] * image["height"] > MAX_PIXELS:
-            raise DataError(
-                f"{named} has size {image['width']}×{image['height']}, more than {MAX_PIXELS:,} pixels: cut "
-                "it into tiles, or scale it down, together with its annotations"
-            )
-        file_name = image.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise DataError(
-                f"{named} has the file_name {short(file_name)}; it must be a path in the image folder"
-            )
-        file_name = file_name.replace("\\", "/").removeprefix("./")  # as written on Windows
-        if file_name.startswith("/") or ".." in file_name.split("/"):
-            raise DataError(
-                f"file_name {file_name!r} of {named} leaves the data root: name it relative to the images"
-            )
-        image["file_name"] = file_name
-    _check_unique((repr(image["file_name"]) for image in images), "the file_name")
-
-
-def _check_categories(categories: Sequence[Record]) -> None:
-    for category in categories:
-        if category.get("name") is None:
-            raise DataError(f"category {category['id']!r} has no name")
-    _check_unique((repr(str(category["name"])) for category in categories), "the category name")
-
-
 def _check_annotations(annotations: Sequence[Record], sizes: Sizes, category_ids: set[Any]) -> None:
     """Check references, and bring crowd flags, boxes, areas and masks to one form; a box may be missing."""
-    for number, annotation in enumerate(annotations, start=1):
+    for place, annotation in enumerate(annotations, start=1):
         if annotation.get("id") is None:
-            annotation["id"] = f"number {number} of the list"
-    _check_unique((repr(annotation["id"]) for annotation in annotations), "annotation id")
+            annotation["id"] = f"number {place} of the list"
+    check_unique((repr(annotation["id"]) for annotation in annotations), "annotation id")
     for annotation in annotations:
         try:
             _check_reference(annotation, "image_id", sizes)
@@ -170,6 +74,7 @@ def _check_annotations(annotations: Sequence[Record], sizes: Sizes, category_ids
         except DataError as error:
             raise DataError(f"annotation {annotation['id']!r} has {error}") from error
     check_polygons(annotations, sizes)
+    check_rles(annotations, sizes)
 
 
 def _check_reference(annotation: Record, key: str, known: Collection[Any]) -> None:
@@ -181,9 +86,9 @@ def _check_reference(annotation: Record, key: str, known: Collection[Any]) -> No
 def _crowd_flag(flag: Any) -> int:
     if flag is None:
         return 0
-    if _number(flag) not in (0, 1):
+    if number(flag) not in (0, 1):
         raise DataError(f"iscrowd {short(flag)}; it is 0 or 1")
-    return int(_number(flag))
+    return int(number(flag))
 
 
 def _box(box: Any) -> list[float] | None:
@@ -191,19 +96,19 @@ def _box(box: Any) -> list[float] | None:
         return None
     if not isinstance(box, list) or len(box) != 4:
         raise DataError(f"bbox {short(box)}; it must be four finite numbers x, y, width, height")
-    return [_number(side) for side in box]
+    return [number(side) for side in box]
 
 
 def _area(area: Any, size: tuple[int, int]) -> float | None:
     if area is None or area != area:  # NaN is what tables have in empty cells
         return None
     limit = (1 + 2 * MAX_OVERHANG) ** 2 * size[0] * size[1]
-    if not 0 <= (number := _number(area)) <= limit:
+    if not 0 <= number(area) <= limit:
         raise DataError(
             f"the area {short(area)}; it must be that of the mask, in pixels (for its image 0 to {limit:g}), "
             "and may be left out"
         )
-    return number
+    return number(area)
 
 
 def _fill_boxes_and_areas(annotations: Sequence[Record], sizes: Sizes) -> None:
@@ -261,11 +166,3 @@ def _obstacle(annotation: Record, size: tuple[int, int], *, needs_masks: bool) -
     if annotation["area"] == 0:
         return "the area 0"
     return None
-
-
-def _number(value: Any) -> float:
-    """A number, perhaps written as a string; NaN for anything else."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan

@@ -41,7 +41,7 @@ def check_boxes(annotations: Iterable[dict[str, Any]]) -> None:
     """
     for annotation in annotations:
         _check_pose(annotation, "sample_annotation", annotation["category_name"])
-        size = annotation.get("size")
+        size: Any = annotation.get("size")
         if not _is_vector(size, 3) or min(size) <= 0:
             raise DataError(
                 f"sample_annotation {annotation['token']} of {annotation['category_name']} has the size "
@@ -50,7 +50,8 @@ def check_boxes(annotations: Iterable[dict[str, Any]]) -> None:
 
 
 def _check_pose(record: dict[str, Any], table: str, what: str) -> None:
-    rotation, translation = record.get("rotation"), record.get("translation")
+    rotation: Any = record.get("rotation")
+    translation: Any = record.get("translation")
     length = math.hypot(*rotation) if _is_vector(rotation, 4) else math.nan
     if not abs(length - 1) <= MAX_SKEW:
         raise DataError(
@@ -65,7 +66,7 @@ def _check_pose(record: dict[str, Any], table: str, what: str) -> None:
 
 
 def _check_intrinsics(sensor: dict[str, Any], camera: str) -> None:
-    rows = sensor.get("camera_intrinsic")
+    rows: Any = sensor.get("camera_intrinsic")
     is_matrix = isinstance(rows, list) and len(rows) == 3 and all(_is_vector(row, 3) for row in rows)
     if not is_matrix or not (rows[0][0] > 0 and rows[1][1] > 0):
         raise DataError(

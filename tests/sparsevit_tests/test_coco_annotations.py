@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 
 from sparsevit.data.augmentation import instance_augmentation
 from sparsevit.data.coco import CocoBoxes, CocoInstances
-from sparsevit.data.coco_masks import run_lengths
 from sparsevit.data.coco_metrics import average_precision
+from sparsevit.data.coco_rles import run_lengths
 from sparsevit.data.errors import DataError
 from tests.sparsevit_tests.coco_format import COLOUR, SIZE, perfect_results, plain, write_plain
 
@@ -76,10 +76,6 @@ def rename(dataset: Dataset, kind: str, name: Callable[[Any], Any]) -> None:
         annotation[f"{kind}_id"] = name(annotation[f"{kind}_id"])
 
 
-def to_text(record: Dataset, *keys: str) -> None:
-    record.update({key: str(record[key]) for key in keys})
-
-
 WORKS: dict[str, Change] = {
     "plain": lambda dataset: None,
     "ids are strings": each(id=lambda a: f"obj-{a['id']:04d}"),
@@ -115,7 +111,7 @@ WORKS: dict[str, Change] = {
     "RLE of floats": each(
         segmentation=lambda a: {"size": [48.0, 64.0], "counts": [float(run) for run in counts(a)]}
     ),
-    "sizes are strings": lambda d: [to_text(image, "width", "height") for image in d["images"]],
+    "sizes are strings": lambda d: [image.update(width="64", height="48") for image in d["images"]],
     "sizes are floats": lambda d: [image.update(width=64.0, height=48.0) for image in d["images"]],
     "info null": lambda d: d.update(info=None),
     "names are numbers": lambda d: [category.update(name=category["id"]) for category in d["categories"]],
@@ -167,11 +163,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "polygon of words": (
         third(segmentation=[[5, 8, "left", 8, 28, 30]]),
-        "annotation 3 has a polygon with the coordinate 'left', which is not a number",
+        "annotation 3 has a mask with 'left' in it, which is not a number",
     ),
     "polygon of objects": (
         third(segmentation=[[{"x": 1, "y": 2}, {"x": 5, "y": 2}, {"x": 5, "y": 7}, {"x": 1, "y": 7}] * 2]),
-        "annotation 3 has a polygon with the coordinate {'x': 1, 'y': 2}, which is not a number",
+        "annotation 3 has a mask with {'x': 1, 'y': 2} in it, which is not a number",
     ),
     "polygon of triples": (
         third(segmentation=[[[1, 2, 0], [5, 2, 0], [5, 7, 0]]]),
@@ -180,40 +176,48 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "segmentation a file": (third(segmentation="mask.png"), "annotation 3 has the malformed segmentation"),
     "RLE too short": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": [100, 50, 30]}),
-        r"annotation 3 has an RLE mask whose counts sum to 180 \(\[100, 50, 30\]\); they must be positive "
-        "and sum to height × width, 48 × 64 = 3072",
+        r"annotation 3 has an RLE mask with the counts \[100.0, 50.0, 30.0\] that sum to 180; they must be "
+        "whole numbers, none below 0, that sum to height × width, 48 × 64 = 3072",
     ),
     "RLE too long": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": [3000, 50, 30]}),
-        "annotation 3 .* counts sum to 3080",
+        "annotation 3 .* that sum to 3080; they must",
     ),
     "RLE negative": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": [3082, -10]}),
-        "annotation 3 .* counts are out of bounds",
+        r"annotation 3 .* counts \[3082.0, -10.0\] that sum to 3072; they must be whole numbers, none",
     ),
     "RLE of fractions": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": [3000.5, 71.5]}),
-        "annotation 3 .* they must be whole numbers",
+        r"annotation 3 .* counts \[3000.5, 71.5\] that sum to 3072; they must be whole numbers",
     ),
     "RLE infinite": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": [3000, INFINITY]}),
-        "annotation 3 .* they must be whole numbers",
+        r"annotation 3 .* counts \[3000.0, inf\] that sum to inf; they must",
+    ),
+    "RLE of words": (
+        third(segmentation={"size": [HEIGHT, WIDTH], "counts": [3000, "x"]}),
+        "annotation 3 has a mask with 'x' in it, which is not a number",
     ),
     "RLE ragged": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": [[3000], [70, 2]]}),
-        "annotation 3 .* they must be whole numbers",
+        r"annotation 3 has a mask with \[3000\] in it, which is not a number",
     ),
     "RLE a number": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": 3072}),
-        "annotation 3 .* they must be whole numbers",
+        "annotation 3 has an RLE mask with the broken counts 3072; write them by pycocotools",
     ),
     "RLE string cut": (
         lambda d: d["annotations"][2].update(segmentation=cut(d["annotations"][2], 20)),
-        "annotation 3 has an RLE mask whose counts sum to 872",
+        r"annotation 3 has an RLE mask with the counts \[488, 22, .* that sum to 872; they must",
     ),
     "RLE string cut within a number": (
         lambda d: d["annotations"][2].update(segmentation=cut(d["annotations"][2], -2)),
         "annotation 3 has an RLE mask with the broken counts",
+    ),
+    "RLE string negative": (
+        third(segmentation={"size": [HEIGHT, WIDTH], "counts": "NRR3" + "0" * 40}),
+        r"annotation 3 has an RLE mask with the counts \[-2, ",
     ),
     "RLE string of other characters": (
         third(segmentation={"size": [HEIGHT, WIDTH], "counts": "§½ no counts"}),
@@ -279,7 +283,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, change: Change, message: s
         CocoInstances(root, "val")
 
 
-ODD = (
+ODD: tuple[Any, ...] = (
     None, True, 0, 1, -1, 7, 2.5, 1e300, NAN, INFINITY, -INFINITY, "", "1", "a", [], [[]], [None], ["a"],
     [1, 2], [[1, 2]], [[1, 2], [9, 4], [5, 16]], [1, 2, 3, 4], [NAN] * 4, [[5, 5, 9, 5, 9, 9]], {},
     {"size": [HEIGHT, WIDTH]}, {"counts": "a"}, {"size": [HEIGHT, WIDTH], "counts": {}}, 10**400, 64.0, "48",
@@ -352,17 +356,19 @@ def test_crowds_are_known_to_the_evaluation_alone(tmp_path: Path) -> None:
     assert average_precision(dataset.coco, wrong, dataset.sample_ids, "segm")[0] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_run_lengths_are_pycocotools(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for share in (0.0, 0.01, 0.5, 1.0):
+def test_run_lengths_are_pycocotools() -> None:
+    """Masks of every kind, all decoded at once: noise, blocks, empty, full, and of one pixel."""
+    rng = np.random.default_rng(0)
+    masks = [np.ones((1, 1), dtype=np.uint8)]
+    for share in (0.0, 0.01, 0.5, 1.0) * 5:
         mask = (rng.random((37, 211)) < share).astype(np.uint8)
         mask[:, : int(rng.integers(200))] = rng.integers(2)
-        text = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-        runs = run_lengths(text)
-        assert runs.sum() == mask.size
-        values = np.arange(len(runs)) % 2
-        np.testing.assert_array_equal(np.repeat(values, runs), mask.flatten(order="F"))
+        masks.append(mask)
+    texts = [coco_mask.encode(np.asfortranarray(mask))["counts"].decode() for mask in masks]
+    runs, num_runs = run_lengths(texts)
+    assert len(num_runs) == len(masks)
+    for mask, own in zip(masks, np.split(runs, np.cumsum(num_runs)[:-1]), strict=True):
+        np.testing.assert_array_equal(np.repeat(np.arange(len(own)) % 2, own), mask.flatten(order="F"))
 
 
 def test_boxes_alone_have_a_reader_of_their_own(tmp_path: Path) -> None:
