@@ -38,6 +38,11 @@ class ExportedModel(nn.Module):
         """The backbone inside the model."""
         return create_task(self.config["task"], self.config["task_config"]).backbone_of(self.model)
 
+    @property
+    def label_names(self) -> dict[int, str]:
+        """The class of every label that predictions have."""
+        return {int(label): name for label, name in self.config.get("label_names", {}).items()}
+
     def forward(self, images: list[Tensor], *others: Any) -> Any:
         """The task's predictions for images in [0, 1], and what else its model takes.
 

@@ -117,6 +117,7 @@ class Report:
             example=run.task.inputs(run.report_set, [0]),
             details={
                 "classes": run.train_set.class_names,
+                "label_names": dict(enumerate(run.train_set.class_names, start=run.task.first_label)),
                 "measured": {key: value for key, value in row.items() if key != "chosen"},
                 "dense": {"measured ms": measured[0], metric: dense},
                 "machine": run.machine(),

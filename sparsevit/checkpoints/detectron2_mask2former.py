@@ -5,9 +5,11 @@ names, which are Microsoft's, and so does ``criterion.empty_weight``.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from sparsevit.checkpoints.files import Weights
+from sparsevit.checkpoints.files import Checkpoint, Weights
+from sparsevit.checkpoints.foreign import Imported
 
 _FIRST_VERSION = re.compile(r"^sem_seg_head\.(?!predictor\.|pixel_decoder\.)")
 """Before its version 2 the pixel decoder's parts stood in the head itself."""
@@ -49,24 +51,27 @@ _JOINED = re.compile(r"(.*\.self_attn)\.in_proj_(weight|bias)")
 """Query, key and value of the decoder's self-attention: three layers here. Cross-attention keeps one."""
 
 
-def recognises(names: Collection[str]) -> bool:
-    """Whether a file with these names is a Mask2Former of Detectron2."""
-    return any(re.match(_PREDICTOR + r"transformer_(self|cross)_attention_layers\.", name) for name in names)
+class Detectron2Mask2Former:
+    """These files as a format. The backbone and what is not known keep their names."""
 
+    name = "detectron2"
 
-def convert(weights: Weights) -> Weights:
-    """Weights under the names of `SparseMask2Former`; the backbone and what is not known keep theirs."""
-    converted: Weights = {}
-    for name, value in weights.items():
-        ours = _our_name(name)
-        joined = _JOINED.fullmatch(ours)
-        if joined is None:
-            converted[ours] = value
-            continue
-        layer, leaf = joined.groups()
-        for part, rows in zip("qkv", value.chunk(3), strict=True):
-            converted[f"{layer}.{part}_proj.{leaf}"] = rows
-    return converted
+    def recognises(self, names: Collection[str]) -> bool:
+        marks = _PREDICTOR + r"transformer_(self|cross)_attention_layers\."
+        return any(re.match(marks, name) for name in names)
+
+    def convert(self, checkpoint: Checkpoint, config: Any, class_names: Sequence[str] | None) -> Imported:
+        converted: Weights = {}
+        for name, value in checkpoint.weights.items():
+            ours = _our_name(name)
+            joined = _JOINED.fullmatch(ours)
+            if joined is None:
+                converted[ours] = value
+                continue
+            layer, leaf = joined.groups()
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                converted[f"{layer}.{part}_proj.{leaf}"] = rows
+        return Imported(checkpoint.path, converted, self.name, config, config)
 
 
 def _our_name(name: str) -> str:

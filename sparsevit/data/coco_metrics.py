@@ -36,8 +36,15 @@ def average_precision(
     return float(evaluation.stats[0]), {category: ap for category, ap in by_category if ap >= 0}
 
 
-def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
-    """Detections of one image, as torchvision's detectors give them, in COCO's result format."""
+def to_results(
+    detections: dict[str, Tensor], image_id: int, category_ids: list[int], *, mask_threshold: float = 0.5
+) -> list[dict[str, Any]]:
+    """Detections of one image, as torchvision's detectors give them, in COCO's result format.
+
+    Args:
+        category_ids: of the labels, from 1.
+        mask_threshold: probability from which a pixel belongs to a mask.
+    """
     boxes = detections["boxes"].float().cpu()
     corners_and_sizes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
     columns = zip(
@@ -48,7 +55,7 @@ def to_results(detections: dict[str, Tensor], image_id: int, category_ids: list[
         for box, score, label in columns
     ]
     if "masks" in detections and results:
-        masks = (detections["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
+        masks = (detections["masks"][:, 0] >= mask_threshold).to("cpu", torch.uint8).numpy()
         encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0)))
         for result, mask in zip(results, encoded, strict=True):
             result["segmentation"] = mask

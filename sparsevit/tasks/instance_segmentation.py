@@ -76,10 +76,13 @@ class InstanceSegmentation:
 
         assert isinstance(dataset, CocoInstances)
         results: list[dict[str, Any]] = []
+        threshold = self.config.mask_threshold
         for target, detections in predictions_of(
             model, dataset, sparsity, batch_size=batch_size, device=device, on_batch=on_batch
         ):
-            results += to_results(detections, target["image_id"], dataset.category_ids)
+            results += to_results(
+                detections, target["image_id"], dataset.category_ids, mask_threshold=threshold
+            )
         box_ap, _ = average_precision(dataset.coco, results, dataset.sample_ids, "bbox")
         mask_ap, by_category = average_precision(dataset.coco, results, dataset.sample_ids, "segm")
         names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
@@ -105,5 +108,7 @@ class InstanceSegmentation:
         names = dataset.class_names
         return {
             "ground truth": draw_instances(image, target["boxes"], target["labels"], target["masks"], names),
-            "prediction": draw_instances(image, boxes, labels, masks[:, 0] > 0.5, names),
+            "prediction": draw_instances(
+                image, boxes, labels, masks[:, 0] >= self.config.mask_threshold, names
+            ),
         }

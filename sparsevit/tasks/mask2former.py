@@ -16,6 +16,7 @@ from transformers import Mask2FormerConfig as LibraryConfig
 from transformers import Mask2FormerForUniversalSegmentation, SwinConfig
 
 from sparsevit.backbone import SparseSwin
+from sparsevit.checkpoints.detectron2_mask2former import Detectron2Mask2Former
 from sparsevit.checkpoints.foreign import Renamed
 from sparsevit.data.sample import IGNORED, IMAGE_MEAN, IMAGE_STD
 from sparsevit.sparsity import SparsityVector
@@ -25,6 +26,7 @@ SIZE_DIVISOR = 32
 NUM_NORM_GROUPS = 32
 """Of the pixel decoder's group norms."""
 FOREIGN_FORMATS = (
+    Detectron2Mask2Former(),
     Renamed(
         "transformers",
         (
@@ -33,7 +35,7 @@ FOREIGN_FORMATS = (
         ),
     ),
 )
-"""Where transformers keeps what our model has under another name; the backbone is found by itself."""
+"""Detectron2's, and transformers', which has some of our tensors under another name."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 
 from sparsevit import SparseSwin, SparsityVector, create_backbone
 from sparsevit.backbone import BACKBONES
-from sparsevit.checkpoints import CheckpointError, import_checkpoint, load_model_weights, read_weights
+from sparsevit.checkpoints import CheckpointError, import_checkpoint, load_model_weights
 from sparsevit.checkpoints.backbone import named_weights
-from sparsevit.checkpoints.detectron2_mask2former import convert, recognises
-from sparsevit.checkpoints.foreign import Imported
+from sparsevit.checkpoints.detectron2_mask2former import Detectron2Mask2Former
 from sparsevit.data.sample import IGNORED
 from sparsevit.precision import autocast
 from sparsevit.tasks.mask2former import Mask2FormerConfig, SparseMask2Former
@@ -252,15 +251,6 @@ def first_version(name: str) -> str:
     return name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head.").replace("query_feat", "static_query")
 
 
-def load_detectron2(model: SparseMask2Former, path: Path) -> tuple[str, ...]:
-    weights = read_weights(path)
-    assert recognises(weights)
-    imported = Imported(path, convert(weights), "Detectron2", SMALL, SMALL)
-    return load_model_weights(
-        model, model.backbone, imported, class_layers=SemanticSegmentation.class_layers
-    ).uncovered
-
-
 PUBLISHED = (
     "backbone.patch_embed.proj.weight", "backbone.layers.0.downsample.reduction.weight",
     "backbone.norm3.bias", "criterion.empty_weight", "sem_seg_head.pixel_decoder.adapter_1.weight",
@@ -299,7 +289,7 @@ def test_logits_of_a_file_of_detectron2_equal_those_of_transformers(
         arrays = {name: value.numpy() for name, value in named.items()}
         (tmp_path / kind).write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
     ours = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
-    assert load_detectron2(ours, tmp_path / kind) == ()
+    assert load(ours, tmp_path / kind) == ()
     images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = library[0](images)
@@ -316,16 +306,18 @@ def test_file_of_detectron2_that_lacks_a_tensor_or_has_another(
     model = SparseMask2Former(create_backbone("swin_nano"), SMALL)
     torch.save({**named, "sem_seg_head.predictor.input_proj.0.weight": torch.zeros(2)}, tmp_path / "more.pth")
     with pytest.raises(CheckpointError, match=r"sem_seg_head\.predictor\.input_proj\.0\.weight"):
-        load_detectron2(model, tmp_path / "more.pth")
+        load(model, tmp_path / "more.pth")
     del named["sem_seg_head.predictor.transformer_self_attention_layers.1.self_attn.in_proj_bias"]
     torch.save(named, tmp_path / "less.pth")
     with pytest.raises(
         CheckpointError, match=r"Missing: transformer\.decoder\.layers\.1\.self_attn\.k_proj\.bias"
     ):
-        load_detectron2(model, tmp_path / "less.pth")
+        load(model, tmp_path / "less.pth")
 
 
 def test_only_detectron2_is_taken_for_it(library: tuple[Mask2FormerForUniversalSegmentation, Path]) -> None:
-    assert recognises(names_of_detectron2(library))
-    assert not recognises(library[0].state_dict())
-    assert not recognises(SparseMask2Former(create_backbone("swin_nano"), SMALL).state_dict())
+    assert Detectron2Mask2Former().recognises(names_of_detectron2(library))
+    assert not Detectron2Mask2Former().recognises(library[0].state_dict())
+    assert not Detectron2Mask2Former().recognises(
+        SparseMask2Former(create_backbone("swin_nano"), SMALL).state_dict()
+    )

@@ -155,6 +155,9 @@ class MaskRCNNConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
+        if self.mask_threshold == 0:
+            raise ValueError("mask_threshold must be above 0: every pixel has a probability of at least 0")
+
     @property
     def photo_input(self) -> PhotoInput:
         """How a photo becomes an input, a square if nothing else was said."""
