@@ -13,10 +13,13 @@ import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from pipelines.context import WEIGHTS_FILE
 from pipelines.workflow import STAGES, run_pipeline
 from search.study import read_study
 from search.warm_start import PUBLISHED
-from sparsevit import load_exported
+from sparsevit import create_backbone, load_backbone_weights, load_exported
+from sparsevit.checkpoints import read_weights
+from sparsevit.checkpoints.__main__ import main as write_weights
 from sparsevit.latency import LatencyPredictor
 from tests.pipelines_tests.configuration import command, composed, tiny_run
 
@@ -36,6 +39,9 @@ def test_prints_what_a_user_needs(finished: Path) -> None:
     for column in ("vector", "predicted ms", "measured ms", "speed-up", "mask_ap before", "mask_ap after"):
         assert column in printed
     assert "mlflow ui --backend-store-uri sqlite:///" in printed
+    chance = "the dense model is no better than chance: its mask_ap on 'report' is "  # after three steps
+    assert len(re.findall(rf"train: done in .* – {chance}", printed)) == 1
+    assert printed.index(f"warning: {chance}") < printed.index("Pareto front") < printed.index("chosen: ")
     report = next(line.split()[-1] for line in printed.splitlines() if line.startswith("report:"))
     assert (finished / report).is_file()
 
@@ -81,9 +87,23 @@ def test_export_loads_and_predicts(finished: Path) -> None:
     folder = next((finished / "out").glob("coco/stages/report-*/export"))
     model = load_exported(folder)
     assert model.config["classes"] == ["disc", "square", "triangle"]
+    assert model.label_names == {1: "disc", 2: "square", 3: "triangle"}
     assert len(model.sparsity) == 6
     with torch.inference_mode():
         assert "masks" in model([torch.rand(3, 64, 64)])[0]
+
+
+def test_export_goes_home(finished: Path) -> None:
+    """As a checkpoint of mmdet that a run starts from, and as a backbone of another library."""
+    export = next((finished / "out").glob("coco/stages/report-*/export"))
+    assert write_weights([str(export), str(finished / "home.pth"), "--format", "mmdet"]) == 0
+    run = composed(*tiny_run(finished, f"init={finished / 'home.pth'}", "tracking=none", "until=train"))
+    trained = run_pipeline(run)["train"].folder / WEIGHTS_FILE
+    expected = load_exported(export).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in read_weights(trained).items())
+    assert write_weights([str(export), str(finished / "swin.pth"), "--format", "torchvision"]) == 0
+    load_backbone_weights(create_backbone("swin_nano"), finished / "swin.pth")
+    assert write_weights([str(finished), str(finished / "no.pth"), "--format", "mmdet"]) == 2
 
 
 def test_again_is_skipped_and_other_choices_share_stages(
