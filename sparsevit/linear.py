@@ -8,7 +8,7 @@ dtypes) a layer is the plain one.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -156,39 +156,43 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the joined operators serve an eager computation on a device in a dtype, here and now."""
-    return is_cpu_inference(device) and dtype in FUSED_DTYPES and has_operators()
+    return is_cpu_inference(device) and dtype in FUSED_DTYPES and has_operators(dtype)
 
 
 def is_fused_in_graph(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether they serve, as operators of our own, in the graph that is being compiled."""
-    return is_compiled_inference(device) and dtype in FUSED_DTYPES and has_operators()
+    return is_compiled_inference(device) and dtype in FUSED_DTYPES and has_operators(dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def has_operators() -> bool:
-    """Whether this PyTorch has the operators, and they compute what they should."""
+def has_operators(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the operators in a dtype on this CPU, and they compute what they should.
+
+    In bfloat16 oneDNN wants a CPU with AVX-512 or AVX-NE-CONVERT.
+    """
     with torch.autocast("cpu", enabled=False):
-        return _try_operators()
+        return _try_operators(dtype)
 
 
-@lru_cache(maxsize=1)
-def _try_operators() -> bool:
+@cache
+def _try_operators(dtype: torch.dtype) -> bool:
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, residual = (
-        torch.randn(size, generator=generator) for size in ((5, 8), (8, 8), (8,), (5, 8))
+        torch.randn(size, generator=generator).to(dtype) for size in ((5, 8), (8, 8), (8,), (5, 8))
     )
-    expected = F.linear(x, weight, bias)
+    expected = F.linear(x.float(), weight.float(), bias.float())
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         gelu = _multiply(x, packed, bias, "gelu")
         added = _multiply_add(x, residual, packed, bias)
-    except (RuntimeError, TypeError, AttributeError):  # another release's signature
+    except (RuntimeError, TypeError, AttributeError):  # another release's signature, or an older CPU
         return False
-    return torch.allclose(gelu, F.gelu(expected), atol=1e-5) and torch.allclose(
-        added, residual + expected, atol=1e-5
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    return torch.allclose(gelu.float(), F.gelu(expected), atol=tolerance) and torch.allclose(
+        added.float(), residual.float() + expected, atol=tolerance
     )
 
 

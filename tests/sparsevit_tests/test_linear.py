@@ -12,14 +12,26 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from sparsevit import block, parts
+from sparsevit import linear as linear_module
 from sparsevit.attention import WindowAttention
 from sparsevit.linear import has_operators, is_fused, join, linear
 from tests.sparsevit_tests.tiny_swin import random_backbone
 
-pytestmark = pytest.mark.skipif(not has_operators(), reason="this PyTorch has no joined operators")
+pytestmark = pytest.mark.skipif(
+    not has_operators(torch.float32), reason="this PyTorch has no joined operators"
+)
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not has_operators(torch.bfloat16), reason="on this CPU oneDNN multiplies no bfloat16"
+        ),
+    ),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_to_the_plain_layers(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 40).to(dtype)
@@ -38,7 +50,7 @@ def test_equal_to_the_plain_layers(dtype: torch.dtype) -> None:
             torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_operators_for_compilers_keep_what_they_promise(dtype: torch.dtype) -> None:
     weight, bias = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
     x, residual = torch.randn(3, 7, 24).to(dtype), torch.randn(3, 7, 40).to(dtype)
@@ -56,10 +68,31 @@ def test_operators_are_found_under_autocast_too() -> None:
     program = (
         "import torch, sparsevit.linear\n"
         "with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16):\n"
-        "    print(sparsevit.linear.has_operators())\n"
+        "    print(sparsevit.linear.has_operators(torch.float32))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "True"
+
+
+def test_without_an_operator_for_a_dtype_its_layers_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses bfloat16 on a CPU without AVX-512; float32 goes on as before."""
+
+    def refuse(weight: Tensor, *others: object) -> Tensor:
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support avx512bw")
+        return reorder(weight, *others)
+
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    linear_module._try_operators.cache_clear()
+    try:
+        layer, x = nn.Linear(24, 40), torch.randn(5, 24)
+        with torch.no_grad():
+            assert is_fused(x.device, torch.float32) and not is_fused(x.device, torch.bfloat16)
+            low = copy.deepcopy(layer).bfloat16()
+            assert torch.equal(linear(x.bfloat16(), low), low(x.bfloat16()))
+    finally:
+        linear_module._try_operators.cache_clear()
 
 
 def test_layer_without_bias() -> None:
