@@ -80,7 +80,8 @@ def test_without_an_operator_for_a_dtype_its_layers_are_plain(monkeypatch: pytes
     def refuse(weight: Tensor, *others: object) -> Tensor:
         if weight.dtype == torch.bfloat16:
             raise RuntimeError("bf16 path needs the cpu support avx512bw")
-        return reorder(weight, *others)
+        packed: Tensor = reorder(weight, *others)
+        return packed
 
     reorder = torch.ops.mkldnn._reorder_linear_weight
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)

@@ -35,7 +35,7 @@ def lively(config: MaskRCNNConfig, seed: int = 0) -> SparseMaskRCNN:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("cls_logits", "cls_score.weight", "bbox_pred.weight")):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -110,7 +110,7 @@ class DetectionHeads(RoIHeads):
         scores_RK = class_logits.softmax(-1)[:, 1:]
         found: tuple[list[Tensor], ...] = [], [], []
         for boxes, scores, shape in zip(
-            boxes_RK4.split(counts), scores_RK.split(counts), image_shapes, strict=True
+            torch.split(boxes_RK4, counts), torch.split(scores_RK, counts), image_shapes, strict=True
         ):
             region, label = torch.where(scores > self.score_thresh)
             candidates = clip_boxes_to_image(boxes, shape)[region, label]
