@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna import Study
 from optuna.trial import FrozenTrial
+from torch import nn
 
 from pipelines import build
 from pipelines.artifacts import content_key
@@ -152,7 +153,10 @@ class Search:
             progress, budget, lambda: dispatcher.num_running, accuracy=run.task.metric, cost="latency_ms"
         ) as view:
             stopped_by = run_search(
-                dispatcher, self._factory(run), build.engine(run.config), sample_budget=config.num_images
+                dispatcher,
+                evaluator_factory(run, run.model_of("adapt")),
+                build.engine(run.config),
+                sample_budget=config.num_images,
             )
         while measured.measure(progress):  # what it changes may bring others to the front
             dispatcher.revise()
@@ -165,25 +169,24 @@ class Search:
     def remark(self, run: Run) -> str | None:
         return None
 
-    def _factory(self, run: Run) -> SupernetEvaluatorFactory:
-        cluster = build.engine(run.config)
-        split = run.search_set
-        return SupernetEvaluatorFactory(
-            backbone=run.config.backbone.name,
-            task=run.config.task.name,
-            task_config=asdict(run.task.config),
-            weights={
-                name: SharedTensor.of(value) for name, value in run.model_of("adapt").state_dict().items()
-            },
-            data_root=split.root.resolve(),
-            image_folder=run.config.data.images,
-            split=split.split,
-            sample_ids=tuple(split.sample_ids),
-            batch_size=run.config.evaluation.batch_size,
-            precision=run.config.evaluation.precision,
-            device="cuda" if cluster.gpus_per_worker > 0 else "cpu",
-            num_threads=max(1, int(cluster.cpus_per_worker)),
-        )
+
+def evaluator_factory(run: Run, supernet: nn.Module) -> SupernetEvaluatorFactory:
+    """What a worker makes its evaluator of: the supernet, and where the search split is."""
+    cluster, split = build.engine(run.config), run.search_set
+    return SupernetEvaluatorFactory(
+        backbone=run.config.backbone.name,
+        task=run.config.task.name,
+        task_config=asdict(run.task.config),
+        weights={name: SharedTensor.of(value) for name, value in supernet.state_dict().items()},
+        data_root=split.root.resolve(),
+        image_folder=run.config.data.images,
+        split=split.split,
+        sample_ids=tuple(split.sample_ids),
+        batch_size=run.config.evaluation.batch_size,
+        precision=run.config.evaluation.precision,
+        device="cuda" if cluster.gpus_per_worker > 0 else "cpu",
+        num_threads=max(1, int(cluster.cpus_per_worker)),
+    )
 
 
 def search_problem(run: Run) -> SearchProblem:

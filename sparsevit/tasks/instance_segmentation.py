@@ -21,7 +21,7 @@ class InstanceSegmentation:
 
     metric = "mask_ap"
     metrics = ("box_ap", "mask_ap")
-    example = "predictions = model([image])  # [3, H, W] in [0, 1]"
+    example = "predictions = model([image])  # [3, H, W] in [0, 1]; docs/instance-segmentation.md"
     class_layers = r"^roi_heads\..*(cls_score|bbox_pred|mask_fcn_logits)"
     foreign_formats = (MMDetMaskRCNN(),)
     chance = 0.01

@@ -19,7 +19,7 @@ class SemanticSegmentation:
 
     metric = "miou"
     metrics = ("miou",)
-    example = "label_maps = model([image])  # [3, H, W] in [0, 1]"
+    example = "label_maps = model([image])  # [3, H, W] in [0, 1]; docs/cityscapes.md"
     class_layers = r"^(class_predictor|criterion)\."
     foreign_formats = FOREIGN_FORMATS
     first_label = 0

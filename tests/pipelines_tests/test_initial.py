@@ -10,9 +10,12 @@ import torch
 from pipelines import build
 from pipelines.artifacts import ArtifactStore
 from pipelines.context import WEIGHTS_FILE, Run
+from pipelines.stages.search import evaluator_factory
 from pipelines.tracking import NoTracker
 from pipelines.workflow import run_pipeline
 from sparsevit.checkpoints import CheckpointError, read_weights
+from sparsevit.checkpoints.backbone import named_weights
+from sparsevit.data.errors import DataError
 from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, PhotoInput, SparseMaskRCNN
 from sparsevit.tasks.mask_rcnn.mmdet import export_mmdet
 from tests.pipelines_tests.configuration import composed, tiny_run
@@ -106,20 +109,33 @@ def test_other_classes(tmp_path: Path, overrides: tuple[str, ...], message: str 
         assert run.task.config.num_classes == 3
 
 
-def test_heads_of_another_model_stop_the_run_before_any_work(tmp_path: Path) -> None:
-    weights = {f"backbone.{n}": v for n, v in build.backbone(composed()).state_dict().items()}
-    heads = {f"decode_head.convs.{index}.weight": torch.zeros(2) for index in range(7)}
-    torch.save({"state_dict": weights | heads}, tmp_path / "upernet.pth")
-    overrides = tiny_run(tmp_path, f"init={tmp_path / 'upernet.pth'}", "tracking=none", "until=train")
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("backbone.", "decode_head.convs.{}.weight"),  # UPerNet of mmseg
+        ("backbone.", "panoptic_head.transformer_decoder.layers.{}.norm.weight"),  # Mask2Former of mmdet
+        ("encoders.camera.backbone.", "encoders.lidar.backbone.conv_input.{}.weight"),  # BEVFusion
+    ],
+)
+def test_heads_of_another_model_stop_the_run_before_any_work(tmp_path: Path, prefix: str, head: str) -> None:
+    """Nothing is dropped in silence; with the user's word the backbone is taken."""
+    backbone, _ = named_weights(build.backbone(composed()), "mmdet")
+    weights = {f"{prefix}{name}": value for name, value in backbone.items()}
+    heads = {head.format(index): torch.zeros(2) for index in range(7)}
+    torch.save({"state_dict": weights | heads}, tmp_path / "other.pth")
+    overrides = tiny_run(tmp_path, f"init={tmp_path / 'other.pth'}", "tracking=none", "until=train")
     message = (
-        r"upernet.pth holds more than a backbone, and 7 of its tensors have no place in this model: "
-        r"decode_head.convs.0.weight, .* … init_heads=random takes the backbone"
+        "other.pth holds more than a backbone, and 7 of its tensors have no place in this model: "
+        f"{head.format(0)}, .*init_heads=random takes the backbone"
     )
-    with pytest.raises(CheckpointError, match=message.replace("… ", "….? ")):
+    with pytest.raises(CheckpointError, match=message):
         run_pipeline(composed(*overrides))
     assert not list((tmp_path / "out").glob("coco/stages/train-*/result.json"))
-    _, report = run_of(tmp_path, *overrides[-3:], "init_heads=random").initial_model()
+    model, report = run_of(tmp_path, *overrides[-3:], "init_heads=random").initial_model()
     assert report is not None and len(report.unused) == 7
+    assert isinstance(model, SparseMaskRCNN)
+    name = "patch_embed.projection.weight"
+    assert torch.equal(model.backbone.body.patch_embed.proj.weight.cpu(), backbone[name])
 
 
 def test_a_backbone_trained_on_imagenet_is_no_loss(tmp_path: Path) -> None:
@@ -149,3 +165,19 @@ def test_check_looks_at_data_and_weights_and_does_nothing(
     assert "longest_side: 96" in printed and "score_threshold: 0.3" in printed
     run_pipeline(composed(*tiny_run(tmp_path, "until=check")))
     assert "checkpoint:  none: the model is trained from random weights" in capsys.readouterr().out
+
+
+def test_photos_in_a_folder_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`data.images` names it; the driver and the workers of the search look there."""
+    drawn = run_of(tmp_path).train_set
+    (drawn.root / "train").rename(drawn.root / "photos")
+    splits = ["data.train=train", "data.search=train", "data.val=train"]
+    mine = [f"data.root={tmp_path / 'data'}", "data.generated.root=elsewhere", *splits]
+    with pytest.raises(DataError, match="put the images there, or name their folder"):
+        run_pipeline(composed(*tiny_run(tmp_path, *mine, "until=check")))
+    overrides = tiny_run(tmp_path, *mine, "data.images=photos")
+    run_pipeline(composed(*overrides, "until=check"))
+    assert "12 samples of 'train'" in capsys.readouterr().out
+    run = Run(composed(*overrides), ArtifactStore(tmp_path), NoTracker())
+    scores = evaluator_factory(run, run.build_model())()(run.space.sparsest, 2)
+    assert set(scores) == {"box_ap", "mask_ap"}

@@ -154,3 +154,43 @@ def test_backbone_file_leaves_the_heads_uncovered(tmp_path: Path) -> None:
     assert uncovered
     assert not any(name.startswith("backbone.body.") for name in uncovered)
     assert torch.equal(task.backbone_of(model).patch_embed.proj.weight, source.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize("name", ["backbone.body.norms.1.weight", "rpn.head.cls_logits.bias"])
+def test_nan_in_weights_is_named_and_nothing_is_loaded(tmp_path: Path, name: str) -> None:
+    task = small_task()
+    weights = task.build_model(create_backbone("swin_nano")).state_dict()
+    weights[name][1] = float("nan")
+    write_weights(tmp_path / "diverged.pth", weights)
+    model = task.build_model(create_backbone("swin_nano"))
+    before = {each: value.clone() for each, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"diverged.pth holds NaN or infinity: {name} \(1 of"):
+        load(task, model, tmp_path / "diverged.pth")
+    assert all(torch.equal(value, before[each]) for each, value in model.state_dict().items())
+
+
+def test_infinity_in_a_backbone_is_named(tmp_path: Path) -> None:
+    weights = create_backbone("swin_nano").state_dict()
+    weights["patch_embed.proj.bias"][:3] = float("inf")
+    write_weights(tmp_path / "diverged.safetensors", weights)
+    message = r"holds NaN or infinity: patch_embed.proj.bias \(3 of 32 values\)"
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone_weights(create_backbone("swin_nano"), tmp_path / "diverged.safetensors")
+
+
+def test_the_backbone_that_would_fit_is_named(tmp_path: Path) -> None:
+    write_weights(tmp_path / "small.safetensors", create_backbone("swin_nano").state_dict())
+    message = "small.safetensors is not a checkpoint of this backbone, but of swin_nano"
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone_weights(create_backbone("swin_t"), tmp_path / "small.safetensors")
+
+
+def test_heads_stay_random_on_request(tmp_path: Path) -> None:
+    task = small_task()
+    source = task.build_model(create_backbone("swin_nano"))
+    write_weights(tmp_path / "whole.safetensors", source.state_dict())
+    model = task.build_model(create_backbone("swin_nano"))
+    uncovered = load(task, model, tmp_path / "whole.safetensors", loads_heads=False)
+    assert set(uncovered) == {name for name in model.state_dict() if not name.startswith("backbone.body.")}
+    assert torch.equal(model.backbone.body.norms[0].weight, source.backbone.body.norms[0].weight)
+    assert not torch.equal(model.rpn.head.cls_logits.weight, source.rpn.head.cls_logits.weight)
