@@ -331,6 +331,11 @@ def test_a_configuration_is_parsed_and_never_run(tmp_path: Path) -> None:
         ),
         ("type='RoIAlign'", "type='RoIPool'", "roi_layer.type='RoIPool' instead of 'RoIAlign'"),
         ("min_bbox_size=0", "min_bbox_size=5", "min_bbox_size=5 instead of 0"),
+        ("min_bbox_size=0", "nms_across_levels=True", "nms_across_levels=True instead of False"),
+        ("bgr_to_rgb=True", "bgr_to_rgb=False", "data_preprocessor.bgr_to_rgb=False instead of True"),
+        ("max_per_img=30", "max_per_img='many'", "carries settings that cannot be used .TypeError"),
+        ("score_thr=0.1", "score_thr=7", "settings that cannot be used .ValueError: score_threshold must be"),
+        ("target_stds=[0.05", "target_stds=[0.0", "carries settings that cannot be used .ZeroDivisionError"),
     ],
 )
 def test_what_ours_does_not_do_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -338,6 +343,29 @@ def test_what_ours_does_not_do_is_refused(tmp_path: Path, old: str, new: str, me
     _, content = theirs(tmp_path, text=MMDET_3.replace(old, new, 1))
     formats = InstanceSegmentation(SMALL).foreign_formats
     with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES)
+
+
+def test_what_mmdet_2_says_of_pixels_is_heeded(tmp_path: Path) -> None:
+    """Its normalisation is a step of the pipeline: one of Caffe's would be another input without a word."""
+    _, content = theirs(tmp_path)
+    pad = "dict(type='Pad', size_divisor=32)"
+    normalize = "dict(type='Normalize', mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)"
+    assert pad in MMDET_2
+    content["meta"] = {"config": MMDET_2.replace(pad, f"{normalize}, {pad}"), "CLASSES": CLASSES}
+    formats = InstanceSegmentation(SMALL).foreign_formats
+    message = (
+        r"Normalize.mean=\[103.53, 116.28, 123.675\] instead of .*Normalize.to_rgb=False instead of True"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES)
+
+
+def test_settings_of_our_own_that_are_none(tmp_path: Path) -> None:
+    _, content = theirs(tmp_path)
+    content["meta"] = {"sparsevit": {"num_classes": 3, "nonsense": 1}}
+    formats = InstanceSegmentation(SMALL).foreign_formats
+    with pytest.raises(CheckpointError, match="carries settings that cannot be used .TypeError"):
         import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES)
 
 

@@ -4,11 +4,12 @@ All three have mmdet's names for everything but the backbone, which is recognise
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,12 +131,13 @@ def _require_plain(path: Path, weights: Weights, meta: Any) -> None:
 def _class_names(meta: Any) -> list[str] | None:
     """The classes that a file names: ``meta.CLASSES`` in mmdet 2, ``meta.dataset_meta.classes`` in 3."""
     data = meta.get("dataset_meta")
-    found = meta.get("CLASSES") or (
-        data.get("classes", data.get("CLASSES")) if isinstance(data, dict) else None
-    )
-    if isinstance(found, str):
-        return [found]
-    return [str(name) for name in found] if isinstance(found, list | tuple) else None
+    of_data = (data.get("classes"), data.get("CLASSES")) if isinstance(data, Mapping) else ()
+    for found in (meta.get("CLASSES"), *of_data):
+        if isinstance(found, str):
+            return [found]
+        if isinstance(found, list | tuple | np.ndarray):
+            return [str(name) for name in found]
+    return None
 
 
 def _rows(

@@ -31,15 +31,27 @@ def read_settings(meta: Mapping[str, Any], config: MaskRCNNConfig, path: Path) -
     Raises:
         CheckpointError: if it was trained or tested with something that is not here.
     """
-    if OWN_SETTINGS in meta:
-        return MaskRCNNConfig(**meta[OWN_SETTINGS])
-    text = meta.get("cfg", meta.get("config", ""))
-    settings = parse_config(text) if isinstance(text, str) else {}
+    try:
+        if OWN_SETTINGS in meta:
+            return MaskRCNNConfig(**meta[OWN_SETTINGS])
+        text = meta.get("cfg", meta.get("config", ""))
+        return _settings(parse_config(text) if isinstance(text, str) else {}, config, path)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path} carries settings that cannot be used ({type(error).__name__}: {error}). "
+            "init_heads=random takes its backbone alone"
+        ) from error
+
+
+def _settings(settings: Mapping[str, Any], config: MaskRCNNConfig, path: Path) -> MaskRCNNConfig:
     model = settings.get("model", {})
     test = _at(model, "test_cfg") or settings.get("test_cfg") or {}
     proposals, detections = _at(test, "rpn") or {}, _at(test, "rcnn") or {}
-    _require_usual(model, test, path)
-    photo_input = _photo_input(settings, path)
+    steps = list(_steps(_test_pipeline(settings)))
+    _require_usual(model, test, steps, path)
+    photo_input = _photo_input(model, steps, path)
     return replace(
         config,
         image_size=photo_input.crop_size,
@@ -97,29 +109,28 @@ def _at(node: Any, *keys: str) -> Any:
     return node
 
 
-def _require_usual(model: Any, test: Any, path: Path) -> None:
+def _require_usual(model: Any, test: Any, steps: list[dict[str, Any]], path: Path) -> None:
     """What cannot be set here is as mmdet's Mask R-CNN has it."""
     preprocessing = _at(model, "data_preprocessor") or {}
+    normalising = next((step for step in steps if step.get("type") == "Normalize"), {})  # in mmdet 2
     mean, std = ([255 * share for share in shares] for shares in (IMAGE_MEAN, IMAGE_STD))
+    extractor, anchors = ("roi_head", "bbox_roi_extractor"), ("rpn_head", "anchor_generator")
     differing = [
         f"{name}={found!r} instead of {usual!r}"
         for name, found, usual in (
             ("test_cfg.rpn.nms.type", _at(test, "rpn", "nms", "type"), "nms"),
             ("test_cfg.rcnn.nms.type", _at(test, "rcnn", "nms", "type"), "nms"),
             ("test_cfg.rpn.min_bbox_size", _at(test, "rpn", "min_bbox_size"), 0),
+            ("test_cfg.rpn.nms_across_levels", _at(test, "rpn", "nms_across_levels"), False),
             ("data_preprocessor.mean", preprocessing.get("mean"), mean),
             ("data_preprocessor.std", preprocessing.get("std"), std),
-            (
-                "bbox_roi_extractor.finest_scale",
-                _at(model, "roi_head", "bbox_roi_extractor", "finest_scale"),
-                56,
-            ),
+            ("data_preprocessor.bgr_to_rgb", preprocessing.get("bgr_to_rgb"), True),
+            ("Normalize.mean", normalising.get("mean"), mean),
+            ("Normalize.std", normalising.get("std"), std),
+            ("Normalize.to_rgb", normalising.get("to_rgb"), True),
+            ("bbox_roi_extractor.finest_scale", _at(model, *extractor, "finest_scale"), 56),
             ("bbox_roi_extractor.roi_layer.type", _roi_layer(model).get("type"), "RoIAlign"),
-            (
-                "anchor_generator.center_offset",
-                _at(model, "rpn_head", "anchor_generator", "center_offset"),
-                0,
-            ),
+            ("anchor_generator.center_offset", _at(model, *anchors, "center_offset"), 0),
         )
         if found is not None and not _is_equal(found, usual)
     ]
@@ -173,15 +184,16 @@ def _overlap(stage: Mapping[str, Any], usual: float) -> float:
     return float(found or usual)
 
 
-def _photo_input(settings: Mapping[str, Any], path: Path) -> PhotoInput:
-    """Of the pipeline that photos went through in testing."""
-    pipeline = (
+def _test_pipeline(settings: Mapping[str, Any]) -> Any:
+    """What photos went through in testing."""
+    return (
         settings.get("test_pipeline")
         or _at(settings, "test_dataloader", "dataset", "pipeline")
         or _at(settings, "data", "test", "pipeline")
-        or []
     )
-    steps = list(_steps(pipeline))
+
+
+def _photo_input(model: Any, steps: list[dict[str, Any]], path: Path) -> PhotoInput:
     resize = next((step for step in steps if step.get("type") == "Resize"), {})
     outer = next((step for step in steps if "img_scale" in step), {})  # mmdet 2 says it in MultiScaleFlipAug
     scale = resize.get("scale") or resize.get("img_scale") or outer.get("img_scale") or [1333, 800]
@@ -191,15 +203,13 @@ def _photo_input(settings: Mapping[str, Any], path: Path) -> PhotoInput:
             f"{path} was tested on photos resized by {scale!r}; here they are resized to fit a longest and a "
             "shortest side, or to a width and height. init_heads=random takes its backbone alone"
         )
-    divisors = [
-        step["size_divisor"] for step in steps if step.get("type") == "Pad" and step.get("size_divisor")
-    ]
-    preprocessing = _at(settings, "model", "data_preprocessor", "pad_size_divisor")
+    pads = [step for step in steps if step.get("type") == "Pad" and step.get("size_divisor")]
     return PhotoInput(
         longest_side=max(scale),
         shortest_side=min(scale),
         fixed_size=None if resize.get("keep_ratio", True) else (scale[1], scale[0]),
-        divisor=preprocessing or (divisors[0] if divisors else 32),
+        divisor=_at(model, "data_preprocessor", "pad_size_divisor")
+        or (pads[0]["size_divisor"] if pads else 32),
         resize="uint8",
     )
 
