@@ -19,6 +19,7 @@ from pipelines.progress import progress_bar
 from pipelines.schema import ConfigSchema
 from pipelines.tracking import NoTracker, Tracker
 from sparsevit.checkpoints import CheckpointError, ModelReport, read_weights
+from sparsevit.data.errors import DataError
 from sparsevit.data.split import DataSplit
 from sparsevit.latency.machine import device_name
 from sparsevit.precision import autocast, resolve_precision
@@ -108,6 +109,20 @@ class Run:
         with progress_bar(sum(map(len, self.splits)), "check the images", unit="image") as advance:
             for split in self.splits:
                 split.verify(decode=self.config.data.verify == "decode", on_sample=advance)
+        self._verify_search_images()
+
+    def _verify_search_images(self) -> None:
+        """The images that a vector is scored on have something to score it by."""
+        num_images = self.config.search.num_images
+        if num_images is None or num_images >= len(self.search_set):
+            return
+        counts = self.search_set.subset(self.search_set.sample_ids[:num_images]).class_counts()
+        if counts and not any(counts.values()):
+            raise DataError(
+                f"search.num_images={num_images}: the first {num_images} of the {len(self.search_set)} "
+                f"images of {self.search_set.split!r} have no annotation that counts, so that every vector "
+                "would score the same: raise it, or leave it out"
+            )
 
     def build_model(self) -> nn.Module:
         """The whole model with random weights, on the CPU."""

@@ -1,5 +1,6 @@
 """What a run starts from: other people's checkpoints, settled before any work, and told."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipelines.tracking import NoTracker
 from pipelines.workflow import run_pipeline
 from sparsevit.checkpoints import CheckpointError, read_weights
 from sparsevit.checkpoints.backbone import named_weights
+from sparsevit.data.coco import CocoInstances
 from sparsevit.data.errors import DataError
 from sparsevit.tasks.mask_rcnn import MaskRCNNConfig, PhotoInput, SparseMaskRCNN
 from sparsevit.tasks.mask_rcnn.mmdet import export_mmdet
@@ -181,3 +183,17 @@ def test_photos_in_a_folder_of_their_own(tmp_path: Path, capsys: pytest.CaptureF
     run = Run(composed(*overrides), ArtifactStore(tmp_path), NoTracker())
     scores = evaluator_factory(run, run.build_model())()(run.space.sparsest, 2)
     assert set(scores) == {"box_ap", "mask_ap"}
+
+
+def test_a_search_needs_something_to_score_by(tmp_path: Path) -> None:
+    drawn = run_of(tmp_path).search_set
+    assert isinstance(drawn, CocoInstances)
+    dataset = json.loads(drawn.annotation_file.read_text())
+    first = sorted(image["id"] for image in dataset["images"])[:2]
+    dataset["annotations"] = [each for each in dataset["annotations"] if each["image_id"] not in first]
+    drawn.annotation_file.write_text(json.dumps(dataset))
+    message = "search.num_images=2: the first 2 of the 6 images of 'search' have no annotation that counts"
+    with pytest.raises(DataError, match=message):
+        run_pipeline(composed(*tiny_run(tmp_path, "search.num_images=2", "tracking=none")))
+    assert not list((tmp_path / "out").glob("coco/stages/train-*/result.json"))
+    run_of(tmp_path, "search.num_images=3").verify_images()

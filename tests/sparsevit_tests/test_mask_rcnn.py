@@ -273,6 +273,24 @@ def test_detections_equal_mmdet_s_post_processing(seed: int) -> None:
         np.testing.assert_allclose(found["masks"][index, 0].numpy(), pasted, atol=1e-3)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_photo_without_a_proposal_has_no_detection(others: int) -> None:
+    """Of one image, or of all: a network that has diverged proposes nothing."""
+    model = lively(SMALL)
+    features = model.backbone(to_input([torch.rand(3, 64, 64)] * (1 + others), PADDED).tensors)
+    regions = [torch.zeros(0, 4)] + [torch.tensor([[3.0, 3.0, 40.0, 50.0]])] * others
+    with torch.inference_mode():
+        found, losses = model.roi_heads(features, regions, [(64, 64)] * (1 + others))
+    assert losses == {}
+    assert {name: tuple(value.shape) for name, value in found[0].items()} == {
+        "boxes": (0, 4), "scores": (0,), "labels": (0,), "masks": (0, 1, 28, 28),
+    }  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        assert len(model([torch.rand(3, 50, 80)])[0]["boxes"]) == 0
+
+
 def test_the_background_has_no_box_and_no_mask_and_never_learns_one() -> None:
     task = InstanceSegmentation(SMALL)
     model = task.build_model(create_backbone("swin_nano")).train()

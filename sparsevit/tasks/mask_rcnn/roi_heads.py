@@ -106,7 +106,8 @@ class DetectionHeads(RoIHeads):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The strongest boxes of every image above the threshold, after NMS in each class."""
         counts = [len(each) for each in proposals]
-        boxes_RK4 = self.box_coder.decode(box_regression, proposals)[:, 1:]
+        decoded = self.box_coder.decode(box_regression, proposals)
+        boxes_RK4 = decoded.reshape(*class_logits.shape, 4)[:, 1:]  # without a proposal it comes flat
         scores_RK = class_logits.softmax(-1)[:, 1:]
         found: tuple[list[Tensor], ...] = [], [], []
         for boxes, scores, shape in zip(
