@@ -15,7 +15,7 @@ from sparsevit.checkpoints.foreign import Imported, without_common_prefix
 from sparsevit.checkpoints.formats import RECOMPUTED
 
 logger = logging.getLogger(__name__)
-_IMAGE_CLASSIFIER = re.compile(r"(.*\.)?(head|head\.fc|fc|classifier|norm|layernorm)\.(weight|bias)")
+_IMAGE_CLASSIFIER = re.compile(r"(head|head\.fc|fc|classifier|norm|layernorm|swin\.layernorm)\.(weight|bias)")
 """What a Swin that was trained on ImageNet has after its last stage."""
 
 
@@ -102,9 +102,11 @@ def _require_used(unused: tuple[str, ...], prefix: str, path: Path, is_whole: bo
     Args:
         prefix: of the backbone's names.
     """
-    of_backbone = [name for name in unused if name.startswith(prefix) or not is_whole]
-    spare = {name for name in of_backbone if _IMAGE_CLASSIFIER.fullmatch(name)}
-    dropped = [name for name in unused if name not in spare]
+    dropped = [
+        name
+        for name in unused
+        if not any(_IMAGE_CLASSIFIER.fullmatch(each) for each in (name, name.removeprefix(prefix)))
+    ]
     if not dropped:
         return
     if is_whole:
