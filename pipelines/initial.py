@@ -65,7 +65,7 @@ def told(config: ConfigSchema, task: Task, imported: Imported) -> list[str]:
     differing = {
         name: (getattr(its, name), getattr(mine, name))
         for name in asdict(mine)
-        if getattr(its, name) != getattr(mine, name) and name != "image_size"
+        if getattr(its, name) != getattr(mine, name)
     }
     if not differing:
         return notes
@@ -77,10 +77,10 @@ def told(config: ConfigSchema, task: Task, imported: Imported) -> list[str]:
         else ("those of the configuration are taken: init_settings=checkpoint keeps the checkpoint's")
     )
     notes.append(f"{imported.path} was tested with {listed}. {kept[0].upper()}{kept[1:]}")
-    size = config.latency.image_size
-    if is_its and config.latency.measure == "backbone" and "input" in differing:
+    if is_its and "input" in differing:
+        height, width = config.latency.image_size
         notes.append(
-            f"latency is measured on inputs of {size[0]}×{size[1]} pixels (height, width): set "
-            "latency.image_size to what your photos become"
+            f"training crops squares of task.image_size={mine.image_size}, and latency is measured on inputs "
+            f"of latency.image_size=[{height}, {width}] (height, width): set them to what your photos become"
         )
     return notes

@@ -22,21 +22,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trusted", action="store_true", help="import the task that the folder names")
     options = parser.parse_args(arguments)
     try:
-        exported = load_exported(options.export, trusted=options.trusted)
+        print(f"{options.target}: {_write(options)}")
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, RuntimeError) as error:  # torch wraps the operating system's
+        print(f"error: {options.target} cannot be written: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(options: argparse.Namespace) -> str:
+    """Write the file and say what is in it."""
     from sparsevit.tasks.mask_rcnn import SparseMaskRCNN
     from sparsevit.tasks.mask_rcnn.mmdet import export_mmdet
 
+    exported = load_exported(options.export, trusted=options.trusted)
     model = exported.model
     if options.format == "mmdet" and isinstance(model, SparseMaskRCNN) and not options.backbone:
         export_mmdet(model, options.target, exported.config["classes"])
-        print(f"{options.target}: the whole Mask R-CNN, {len(exported.config['classes'])} classes")
-        return 0
+        return (
+            f"the whole Mask R-CNN, {len(exported.config['classes'])} classes; meta.cfg in it says what "
+            "mmdet has to be set to"
+        )
     left_out = export_backbone_weights(exported.backbone, options.target, options.format)
-    print(f"{options.target}: the backbone" + (f", without {', '.join(left_out)}" if left_out else ""))
-    return 0
+    return "the backbone" + (f", without {', '.join(left_out)}" if left_out else "")
 
 
 if __name__ == "__main__":

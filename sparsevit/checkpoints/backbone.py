@@ -32,6 +32,7 @@ from sparsevit.windows import relative_position_index
 
 _HEADS = re.compile(
     r"(head|classifier|decoder|fpn|neck|rpn|rpn_head|roi_head|roi_heads|aux_head|pooler|swin\.layernorm)\b"
+    r"|(.*\.)?mask_token$"  # of masked image modelling
 )
 
 
@@ -198,7 +199,8 @@ def _recognise(
     if len(best) > 1:
         prefixes = sorted({match.prefix for match in best.values()})
         raise CheckpointError(
-            f"{path} holds several backbones; choose one by prefix=: {', '.join(map(repr, prefixes))}"
+            f"{path} holds several backbones, under {', '.join(map(repr, prefixes))}: save the one you want "
+            "alone, or choose it by load_backbone_weights(…, prefix=…)"
         )
     return next(iter(best.values()))
 

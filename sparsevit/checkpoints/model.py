@@ -86,7 +86,9 @@ def load_model_weights(
             path, len(found.resized),
         )  # fmt: skip
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
-    uncovered = tuple(sorted(head - expected))
+    # A classifier of images has the norm of its last stage alone; a whole model has those that it uses.
+    norms = set() if is_whole else {f"{prefix}{name}" for name in found.missing}
+    uncovered = tuple(sorted((head - expected) | norms))
     return ModelReport(imported.format, found.format, uncovered, unused, found.resized)
 
 

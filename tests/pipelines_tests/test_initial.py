@@ -63,7 +63,8 @@ def test_a_checkpoint_of_mmdet_is_used_whole_with_its_settings(
     assert "input within 96×64 pixels, padded to multiples of 32, here within 64×64 pixels" in told
     assert "num_proposals 25, here 30" in told and "score_threshold 0.3, here 0.05" in told
     assert told.endswith("The checkpoint's are kept: init_settings=recipe takes those of the configuration")
-    assert any("latency is measured on inputs of 64×64 pixels" in message for message in caplog.messages)
+    size = "latency is measured on inputs of latency.image_size=[64, 64]"
+    assert any(size in message for message in caplog.messages)
 
 
 def test_settings_are_the_checkpoint_s_or_the_recipe_s(tmp_path: Path) -> None:
@@ -74,6 +75,7 @@ def test_settings_are_the_checkpoint_s_or_the_recipe_s(tmp_path: Path) -> None:
     assert (ours.photo_input, ours.score_threshold) == (PhotoInput(64, 64, divisor=64), 0.05)
     for config in (its, ours):  # what the weights are only right with
         assert config.smallest_anchor == 32
+        assert config.image_size == 64  # of training
         assert config.conventions.roi_sampling_ratio == 0
 
 

@@ -93,7 +93,7 @@ def test_the_recipe_pads_to_the_square_that_training_crops_to() -> None:
     batch = to_input([torch.rand(3, 107, 160)], SMALL.photo_input)
     assert batch.tensors.shape == (1, 3, 160, 160)
     assert batch.image_sizes == [(107, 160)]
-    assert task.config.photo_input.crop_size == 160
+    assert task.config.image_size == 160
 
 
 def test_padding_is_zero_after_normalisation() -> None:
@@ -332,7 +332,7 @@ def test_targets_of_masks_are_cut_as_features_are() -> None:
     ("change", "message"),
     [
         ({"score_threshold": 1.5}, "score_threshold must be between 0 and 1, got 1.5"),
-        ({"num_detections": 0}, "num_detections must be at least 1, got 0"),
+        ({"num_detections": 0}, "num_detections must be a whole number of at least 1, got 0"),
         (
             {"conventions": {"mask_pasting": "round"}},
             "mask_pasting must be one of float, integer, got 'round'",

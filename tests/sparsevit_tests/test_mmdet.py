@@ -267,7 +267,9 @@ test_cfg = dict(rpn=dict(nms_pre=700, max_num=200, nms_thr=0.75), rcnn=dict(scor
 data = dict(test=dict(pipeline=[
     dict(type='LoadImageFromFile'),
     dict(type='MultiScaleFlipAug', img_scale=(672, 640), flip=False, transforms=[
-        dict(type='Resize', keep_ratio=False), dict(type='RandomFlip'), dict(type='Pad', size_divisor=32)])]))
+        dict(type='Resize', keep_ratio=False), dict(type='RandomFlip'),
+        dict(type='Normalize', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True),
+        dict(type='Pad', size_divisor=32)])]))
 """
 
 
@@ -279,7 +281,7 @@ def test_settings_of_mmdet_3(tmp_path: Path) -> None:
     bound = replace(SMALL, smallest_anchor=16, conventions=conventions)
     assert imported.config == bound
     assert imported.tested_config == replace(
-        bound, image_size=1000, input=PhotoInput(1000, 600, divisor=64, resize="uint8"), num_proposals=300,
+        bound, input=PhotoInput(1000, 600, divisor=64, resize="uint8"), num_proposals=300,
         num_proposals_per_level=500, num_detections=30, proposal_overlap=0.8, detection_overlap=0.6,
         score_threshold=0.1, mask_threshold=0.4,
     )  # fmt: skip
@@ -300,8 +302,10 @@ def test_settings_of_mmdet_2(tmp_path: Path) -> None:
 def test_settings_that_a_file_does_not_say_are_mmdet_s_own(tmp_path: Path, text: str) -> None:
     _, content = theirs(tmp_path, text=text)
     formats = InstanceSegmentation(SMALL).foreign_formats
-    tested = import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES).tested_config
-    assert tested.input == PhotoInput(1333, 800, divisor=32, resize="uint8")
+    imported = import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES)
+    assert [note for note in imported.notes if "does not say at which size it was tested" in note]
+    tested = imported.tested_config
+    assert tested.input == PhotoInput(64, 64, divisor=64, resize="uint8")  # not said, so the user's
     assert (tested.num_proposals, tested.num_proposals_per_level, tested.num_detections) == (1000, 1000, 100)
     assert (tested.proposal_overlap, tested.detection_overlap, tested.score_threshold) == (0.7, 0.5, 0.05)
 
@@ -323,17 +327,37 @@ def test_a_configuration_is_parsed_and_never_run(tmp_path: Path) -> None:
         ),
         ("mean=[123.675", "mean=[103.53", r"data_preprocessor.mean=\[103.53, 116.28, 103.53\] instead of"),
         ("scales=[4]", "scales=[4, 8]", r"has anchors of the scales \[4, 8\] at the strides"),
-        ("strides=[4, 8", "strides=[4, 4", r"at the strides \[4, 4, 16, 32, 64\]; here is one per level"),
+        (
+            "strides=[4, 8",
+            "strides=[4, 4",
+            r"at the strides \[4, 4, 16, 32, 64\]; here is one of whole pixels",
+        ),
         (
             "scale=(1000, 600)",
             "scale=0.5",
-            "was tested on photos resized by 0.5; here they are resized to fit",
+            "was tested with photos resized by 0.5; here photos are",
         ),
         ("type='RoIAlign'", "type='RoIPool'", "roi_layer.type='RoIPool' instead of 'RoIAlign'"),
+        (
+            "bbox_head=dict(",
+            "bbox_head=dict(cls_predictor_cfg=dict(type='NormedLinear'), ",
+            "type='NormedLinear'",
+        ),
+        (
+            "target_stds=[0.05",
+            "target_means=[0.1, 0, 0, 0], target_stds=[0.05",
+            r"target_means=\[0.1, 0, 0, 0\]",
+        ),
+        (
+            "type='nms'),\n                  score_thr",
+            "type='nms', class_agnostic=True), score_thr",
+            "class_agnostic",
+        ),
+        ("mean=[123.675, 116.28, 103.53], ", "", "data_preprocessor.mean='none' instead of"),
         ("min_bbox_size=0", "min_bbox_size=5", "min_bbox_size=5 instead of 0"),
         ("min_bbox_size=0", "nms_across_levels=True", "nms_across_levels=True instead of False"),
         ("bgr_to_rgb=True", "bgr_to_rgb=False", "data_preprocessor.bgr_to_rgb=False instead of True"),
-        ("max_per_img=30", "max_per_img='many'", "carries settings that cannot be used .TypeError"),
+        ("max_per_img=30", "max_per_img='many'", "cannot be used .ValueError: num_detections must be"),
         ("score_thr=0.1", "score_thr=7", "settings that cannot be used .ValueError: score_threshold must be"),
         ("target_stds=[0.05", "target_stds=[0.0", "carries settings that cannot be used .ZeroDivisionError"),
     ],
@@ -349,16 +373,21 @@ def test_what_ours_does_not_do_is_refused(tmp_path: Path, old: str, new: str, me
 def test_what_mmdet_2_says_of_pixels_is_heeded(tmp_path: Path) -> None:
     """Its normalisation is a step of the pipeline: one of Caffe's would be another input without a word."""
     _, content = theirs(tmp_path)
-    pad = "dict(type='Pad', size_divisor=32)"
-    normalize = "dict(type='Normalize', mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)"
-    assert pad in MMDET_2
-    content["meta"] = {"config": MMDET_2.replace(pad, f"{normalize}, {pad}"), "CLASSES": CLASSES}
+    mean, turn = "mean=[123.675, 116.28, 103.53]", "to_rgb=True"
     formats = InstanceSegmentation(SMALL).foreign_formats
-    message = (
-        r"Normalize.mean=\[103.53, 116.28, 123.675\] instead of .*Normalize.to_rgb=False instead of True"
-    )
-    with pytest.raises(CheckpointError, match=message):
-        import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES)
+    for old, new, message in (
+        (
+            mean,
+            "mean=[103.53, 116.28, 123.675]",
+            r"tested with Normalize\(mean=\[103.53, 116.28, 123.675\]\)",
+        ),
+        (turn, "to_rgb=False", r"tested with Normalize\(to_rgb=False\)"),
+        ("type='Pad'", "pad_val=114, type='Pad'", r"tested with Pad\(pad_val=114\)"),
+    ):
+        assert old in MMDET_2
+        content["meta"] = {"config": MMDET_2.replace(old, new), "CLASSES": CLASSES}
+        with pytest.raises(CheckpointError, match=message):
+            import_checkpoint(saved(tmp_path, content), formats, SMALL, CLASSES)
 
 
 def test_settings_of_our_own_that_are_none(tmp_path: Path) -> None:
@@ -386,7 +415,7 @@ def boxes_alone(content: dict[str, Any]) -> None:
         (cascade, r"is a Cascade R-CNN, with several box heads in a row \(roi_head.bbox_head.0"),
         (
             boxes_alone,
-            "is no Mask R-CNN .* roi_head.mask_head.convs.0.conv, .* are missing. init_heads=random",
+            "is no Mask R-CNN .* roi_head.mask_head.convs.0.conv.weight, .* are missing. init_heads=random",
         ),
         (
             lambda content: content["meta"].update(mmdet_version="1.2.0"),

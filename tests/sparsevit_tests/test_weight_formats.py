@@ -302,7 +302,7 @@ def test_several_backbones_need_a_prefix(tmp_path: Path) -> None:
     both = {f"student.{name}": value for name, value in student.state_dict().items()}
     both |= {f"teacher.{name}": value for name, value in teacher.state_dict().items()}
     torch.save(both, tmp_path / "both.pth")
-    with pytest.raises(CheckpointError, match="several backbones; choose one by prefix=: 'student.', 'teach"):
+    with pytest.raises(CheckpointError, match="several backbones, under 'student.', 'teach"):
         load_backbone_weights(target, tmp_path / "both.pth")
     load_backbone_weights(target, tmp_path / "both.pth", prefix="teacher.")
     assert torch.equal(target.patch_embed.proj.weight, teacher.patch_embed.proj.weight)

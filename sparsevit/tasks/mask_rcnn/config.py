@@ -36,10 +36,11 @@ class PhotoInput:
             if len(self.fixed_size) != 2:
                 raise ValueError(f"fixed_size is height and width, got {list(self.fixed_size)}")
         sides = (self.longest_side, self.shortest_side, self.divisor, *(self.fixed_size or ()))
-        if min(sides) < 1 or self.shortest_side > self.longest_side:
+        is_whole = all(isinstance(side, int) and side >= 1 for side in sides)
+        if not is_whole or self.shortest_side > self.longest_side:
             raise ValueError(
-                "longest_side, shortest_side, fixed_size and divisor must be at least 1, the shortest no "
-                f"longer than the longest, got {self}"
+                "longest_side, shortest_side, fixed_size and divisor must be whole numbers from 1, the "
+                f"shortest no longer than the longest, got {self}"
             )
         _one_of("resize", self.resize, RESIZES)
 
@@ -53,11 +54,6 @@ class PhotoInput:
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size of the input, given that of the resized photo."""
         return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
-
-    @property
-    def crop_size(self) -> int:
-        """Side of a square that holds every input before padding: what training crops to."""
-        return max(self.fixed_size) if self.fixed_size is not None else self.longest_side
 
     def __str__(self) -> str:
         if self.fixed_size is not None:
@@ -149,8 +145,11 @@ class MaskRCNNConfig:
             object.__setattr__(self, "conventions", Conventions(**self.conventions))
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.type in (int, "int") and value < 1:
-                raise ValueError(f"{each.name} must be at least 1, got {value}")
+            is_optional = each.type == int | None
+            if (each.type is int or (is_optional and value is not None)) and (
+                not isinstance(value, int) or value < 1
+            ):
+                raise ValueError(f"{each.name} must be a whole number of at least 1, got {value!r}")
         for name in ("proposal_overlap", "detection_overlap", "score_threshold", "mask_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")

@@ -17,7 +17,7 @@ from sparsevit.checkpoints.backbone import named_weights
 from sparsevit.checkpoints.files import Checkpoint, CheckpointError, Weights
 from sparsevit.checkpoints.foreign import Imported
 from sparsevit.tasks.mask_rcnn.config import MaskRCNNConfig
-from sparsevit.tasks.mask_rcnn.mmdet_config import OWN_SETTINGS, read_settings
+from sparsevit.tasks.mask_rcnn.mmdet_config import OWN_SETTINGS, as_config, read_settings
 from sparsevit.tasks.mask_rcnn.model import SparseMaskRCNN
 
 _BOX, _MASK = "roi_head.bbox_head", "roi_head.mask_head"
@@ -61,15 +61,16 @@ class MMDetMaskRCNN:
         rows, notes = _rows(path, _class_names(checkpoint.meta), num_classes, class_names)
         converted = {_ours(name): value for name, value in weights.items()}
         _reorder(converted, rows, num_classes, path)
+        settings, told = read_settings(checkpoint.meta, config, path)
         tested = replace(
-            read_settings(checkpoint.meta, config, path),
+            settings,
             num_classes=len(rows),
             fpn_channels=converted["backbone.fpn.inner_blocks.0.0.weight"].shape[0],
             box_channels=converted["roi_heads.box_head.fc6.weight"].shape[0],
             mask_channels=converted["roi_heads.mask_head.0.0.weight"].shape[0],
         )
         bound = replace(config, **{name: getattr(tested, name) for name in _BOUND})
-        return Imported(path, converted, self.name, bound, tested, notes)
+        return Imported(path, converted, self.name, bound, tested, notes + told)
 
 
 def export_mmdet(model: SparseMaskRCNN, path: Path, class_names: Sequence[str]) -> None:
@@ -92,7 +93,11 @@ def export_mmdet(model: SparseMaskRCNN, path: Path, class_names: Sequence[str]) 
             weights[theirs] = kept.detach().cpu().clone()
     backbone, _ = named_weights(model.backbone.body, "mmdet")
     weights |= {f"backbone.{name}": value.cpu() for name, value in backbone.items()}
-    meta = {"dataset_meta": {"classes": tuple(class_names)}, OWN_SETTINGS: asdict(model.config)}
+    meta = {
+        "dataset_meta": {"classes": tuple(class_names)},
+        "cfg": as_config(model.config),
+        OWN_SETTINGS: asdict(model.config),
+    }
     partial = path.with_name(path.name + ".partial")
     torch.save({"meta": meta, "state_dict": weights}, partial)
     partial.replace(path)
@@ -111,20 +116,19 @@ def _require_plain(path: Path, weights: Weights, meta: Any) -> None:
             f"{path} is a Cascade R-CNN, with several box heads in a row ({cascade}); here is a Mask R-CNN "
             "with one. init_heads=random takes its backbone alone"
         )
-    theirs = {name.rpartition(".")[0] for name in weights}
-    missing = [
-        module
-        for module in (
-            "neck.lateral_convs.0.conv", "neck.fpn_convs.0.conv", "rpn_head.rpn_conv", "rpn_head.rpn_cls",
-            "rpn_head.rpn_reg", f"{_BOX}.shared_fcs.0", f"{_BOX}.shared_fcs.1", f"{_BOX}.fc_cls",
-            f"{_BOX}.fc_reg", f"{_MASK}.convs.0.conv", f"{_MASK}.upsample", f"{_MASK}.conv_logits",
-        )
-        if module not in theirs
+    modules = [
+        "neck.lateral_convs.0.conv", "neck.fpn_convs.0.conv", "rpn_head.rpn_conv", "rpn_head.rpn_cls",
+        "rpn_head.rpn_reg", f"{_BOX}.shared_fcs.0", f"{_BOX}.shared_fcs.1", f"{_BOX}.fc_cls",
+        f"{_BOX}.fc_reg", f"{_MASK}.convs.0.conv", f"{_MASK}.upsample", f"{_MASK}.conv_logits",
+        *(f"backbone.norm{stage}" for stage in range(4)),
     ]  # fmt: skip
+    leaves = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+    missing = [name for name in leaves if name not in weights or weights[name].ndim == 0]
     if missing:
         raise CheckpointError(
             f"{path} has mmdet's names, but is no Mask R-CNN with a feature pyramid and its usual heads: "
-            f"{', '.join(missing)} are missing. init_heads=random takes its backbone alone"
+            f"{', '.join(missing[:6])}{' …' if len(missing) > 6 else ''} are missing. init_heads=random "
+            "takes its backbone alone"
         )
 
 
@@ -144,7 +148,7 @@ def _rows(
     path: Path, theirs: list[str] | None, num_classes: int, ours: Sequence[str] | None
 ) -> tuple[list[int], tuple[str, ...]]:
     """Which class of the file each of our classes is, and what to say of it."""
-    if theirs is None or len(theirs) != num_classes:
+    if theirs is None:
         if ours is not None and len(ours) != num_classes:
             raise CheckpointError(
                 f"{path} was trained on {num_classes} classes, which it does not name, but here are "
@@ -154,9 +158,15 @@ def _rows(
             f"the file does not name its {num_classes} classes; they are taken to be in the order of the "
             "data's",
         )
-    places = {_plain(name): index for index, name in enumerate(theirs)}
+    if len(theirs) != num_classes:
+        raise CheckpointError(
+            f"{path} names {len(theirs)} classes, but its classifier has {num_classes + 1} rows instead of "
+            f"{len(theirs) + 1}: it is none with a softmax over the classes and the background. "
+            "init_heads=random takes its backbone alone"
+        )
     ours = theirs if ours is None else ours
-    missing = [name for name in ours if _plain(name) not in places]
+    places = _places(theirs)
+    missing = [name for name in ours if name not in places and _plain(name) not in places]
     if missing:
         raise CheckpointError(
             f"{path} was trained on {len(theirs)} classes, among which are no {', '.join(missing[:5])}"
@@ -164,13 +174,20 @@ def _rows(
             f"{', '.join(theirs[:5])}{' …' if len(theirs) > 5 else ''}. init_classifier=random loads all but "
             "the layers that depend on them"
         )
-    rows = [places[_plain(name)] for name in ours]
+    rows = [places[name] if name in places else places[_plain(name)] for name in ours]
     if len(rows) < num_classes:
         return rows, (
             f"{num_classes - len(rows)} of its {num_classes} classes are not in the data and are left out, "
             "so that the scores of the others are a little higher than where it was trained",
         )
     return rows, ()
+
+
+def _places(names: list[str]) -> dict[str, int]:
+    """Where a class stands, by its name, and by its plain name where no other class has the same."""
+    plain = [_plain(name) for name in names]
+    places = {name: index for index, name in enumerate(plain) if plain.count(name) == 1}
+    return places | {name: index for index, name in enumerate(names)}
 
 
 def _plain(name: str) -> str:

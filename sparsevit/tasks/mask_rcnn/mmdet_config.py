@@ -1,12 +1,13 @@
-"""How mmdet tested a model: read from the configuration that its checkpoints carry as text.
+"""How mmdet tested a model: read from the configuration that its checkpoints carry as text, and written.
 
-The text is Python that assigns literals and ``dict(...)``; it is parsed, never run. What a file does not say
-is as in mmdet's own configurations of Mask R-CNN.
+The text is Python that assigns literals and ``dict(...)``; it is parsed, never run. Thresholds and numbers
+that a file does not say are those of mmdet's own configurations of Mask R-CNN; sizes of photos are never
+guessed.
 """
 
 import ast
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,26 +15,40 @@ from typing import Any
 
 from sparsevit.checkpoints.files import CheckpointError
 from sparsevit.data.sample import IMAGE_MEAN, IMAGE_STD
-from sparsevit.tasks.mask_rcnn.config import Conventions, MaskRCNNConfig, PhotoInput
+from sparsevit.tasks.mask_rcnn.config import Conventions, MaskRCNNConfig
+from sparsevit.tasks.mask_rcnn.mmdet_pipeline import at, kind, photo_input
 
 OWN_SETTINGS = "sparsevit"
 """The key of `meta` in which our own exports keep what the model was set to."""
+STRIDES = (4, 8, 16, 32, 64)
+MEAN, STD = ([255 * share for share in shares] for shares in (IMAGE_MEAN, IMAGE_STD))
+_NO_SIZE = (
+    "the file does not say at which size it was tested, so that photos become inputs as task.input says "
+    "(mmdet's own configurations: longest_side 1333, shortest_side 800, divisor 32; SparseViT's release: "
+    "fixed_size [672, 672])"
+)
 _UNKNOWN = object()
+_EXTRACTORS = ("bbox_roi_extractor", "mask_roi_extractor")
 
 
-def read_settings(meta: Mapping[str, Any], config: MaskRCNNConfig, path: Path) -> MaskRCNNConfig:
-    """The configuration with everything that a checkpoint was trained and tested with.
+def read_settings(
+    meta: Mapping[str, Any], config: MaskRCNNConfig, path: Path
+) -> tuple[MaskRCNNConfig, tuple[str, ...]]:
+    """The configuration with everything that a checkpoint was trained and tested with, and what to say of it.
 
     Args:
         meta: of the checkpoint.
-        config: what the user set; its widths and its training are kept.
+        config: what the user set; its widths, its training, and what the file does not say of sizes are kept.
 
     Raises:
         CheckpointError: if it was trained or tested with something that is not here.
     """
     try:
         if OWN_SETTINGS in meta:
-            return MaskRCNNConfig(**meta[OWN_SETTINGS])
+            own = MaskRCNNConfig(**meta[OWN_SETTINGS])
+            training = ("image_size", "scale_range", "num_rois_per_image")
+            mine = {name: getattr(config, name) for name in training}
+            return replace(own, input=own.photo_input, **mine), ()
         text = meta.get("cfg", meta.get("config", ""))
         return _settings(parse_config(text) if isinstance(text, str) else {}, config, path)
     except CheckpointError:
@@ -45,34 +60,11 @@ def read_settings(meta: Mapping[str, Any], config: MaskRCNNConfig, path: Path) -
         ) from error
 
 
-def _settings(settings: Mapping[str, Any], config: MaskRCNNConfig, path: Path) -> MaskRCNNConfig:
-    model = settings.get("model", {})
-    test = _at(model, "test_cfg") or settings.get("test_cfg") or {}
-    proposals, detections = _at(test, "rpn") or {}, _at(test, "rcnn") or {}
-    steps = list(_steps(_test_pipeline(settings)))
-    _require_usual(model, test, steps, path)
-    photo_input = _photo_input(model, steps, path)
-    return replace(
-        config,
-        image_size=photo_input.crop_size,
-        input=photo_input,
-        smallest_anchor=_smallest_anchor(model, path),
-        num_proposals=proposals.get("max_per_img", proposals.get("max_num", 1000)),
-        num_proposals_per_level=proposals.get("nms_pre", 1000),
-        num_detections=detections.get("max_per_img", 100),
-        proposal_overlap=_overlap(proposals, 0.7),
-        detection_overlap=_overlap(detections, 0.5),
-        score_threshold=detections.get("score_thr", 0.05),
-        mask_threshold=detections.get("mask_thr_binary", 0.5),
-        conventions=_conventions(model),
-    )
-
-
 def parse_config(text: str) -> dict[str, Any]:
     """The assignments of literals in a configuration; what is no literal is left out."""
     try:
         body = ast.parse(text).body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         return {}
     found = {
         target.id: _literal(node.value)
@@ -82,6 +74,78 @@ def parse_config(text: str) -> dict[str, Any]:
         if isinstance(target, ast.Name)
     }
     return {name: value for name, value in found.items() if value is not _UNKNOWN}
+
+
+def as_config(config: MaskRCNNConfig) -> str:
+    """The text that `read_settings` understands: what mmdet has to be set to for the same predictions."""
+    conventions, photo = config.conventions, config.photo_input
+    strides = conventions.anchor_strides
+    layer = {
+        "type": "RoIAlign",
+        "sampling_ratio": conventions.roi_sampling_ratio,
+        "aligned": conventions.roi_aligned,
+    }
+    model = {
+        "type": "MaskRCNN",
+        "data_preprocessor": {
+            "type": "DetDataPreprocessor", "mean": MEAN, "std": STD, "bgr_to_rgb": True,
+            "pad_size_divisor": photo.divisor,
+        },
+        "rpn_head": {
+            "anchor_generator": {
+                "type": "AnchorGenerator", "scales": [config.smallest_anchor / strides[0]],
+                "ratios": list(conventions.anchor_ratios), "strides": list(strides),
+            },
+            "bbox_coder": {"target_stds": [1 / weight for weight in conventions.proposal_weights]},
+        },
+        "roi_head": {
+            "bbox_head": {"bbox_coder": {"target_stds": [1 / weight for weight in conventions.box_weights]}},
+            **{
+                name: {"roi_layer": layer, "featmap_strides": list(strides[:-1])} for name in _EXTRACTORS
+            },
+        },
+        "test_cfg": {
+            "rpn": {
+                "nms_pre": config.num_proposals_per_level or config.num_proposals,
+                "max_per_img": config.num_proposals, "min_bbox_size": 0,
+                "nms": {"type": "nms", "iou_threshold": config.proposal_overlap},
+            },
+            "rcnn": {
+                "score_thr": config.score_threshold, "max_per_img": config.num_detections,
+                "mask_thr_binary": config.mask_threshold,
+                "nms": {"type": "nms", "iou_threshold": config.detection_overlap},
+            },
+        },
+    }  # fmt: skip
+    height, width = photo.fixed_size or (photo.shortest_side, photo.longest_side)
+    resize = {"type": "Resize", "scale": (width, height), "keep_ratio": photo.fixed_size is None}
+    pipeline = [{"type": "LoadImageFromFile"}, resize, {"type": "PackDetInputs"}]
+    return f"model = {model!r}\ntest_pipeline = {pipeline!r}\n"
+
+
+def _settings(
+    settings: Mapping[str, Any], config: MaskRCNNConfig, path: Path
+) -> tuple[MaskRCNNConfig, tuple[str, ...]]:
+    model = settings.get("model", {})
+    test = at(model, "test_cfg") or settings.get("test_cfg") or {}
+    proposals, detections = at(test, "rpn") or {}, at(test, "rcnn") or {}
+    _require_usual(model, test, path)
+    photo = photo_input(settings, path)
+    notes = () if photo is not None else (_NO_SIZE,)
+    tested = replace(
+        config,
+        input=photo or replace(config.photo_input, resize="uint8"),
+        smallest_anchor=_smallest_anchor(model, path),
+        num_proposals=_first(proposals, "max_per_img", "max_num", usual=1000),
+        num_proposals_per_level=_all_or(_first(proposals, "nms_pre", usual=1000)),
+        num_detections=_first(detections, "max_per_img", usual=100),
+        proposal_overlap=_overlap(proposals, 0.7),
+        detection_overlap=_overlap(detections, 0.5),
+        score_threshold=_first(detections, "score_thr", usual=0.05),
+        mask_threshold=_first(detections, "mask_thr_binary", usual=0.5),
+        conventions=_conventions(model),
+    )
+    return tested, notes
 
 
 def _literal(node: ast.expr) -> Any:
@@ -96,42 +160,53 @@ def _literal(node: ast.expr) -> Any:
         return [value for value in map(_literal, node.elts) if value is not _UNKNOWN]
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return _UNKNOWN
 
 
-def _at(node: Any, *keys: str) -> Any:
-    """What stands at a path of keys; None where one is missing. Of a list, its first entry."""
-    for key in keys:
-        if isinstance(node, list):
-            node = node[0] if node else None
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
-
-
-def _require_usual(model: Any, test: Any, steps: list[dict[str, Any]], path: Path) -> None:
+def _require_usual(model: Any, test: Any, path: Path) -> None:
     """What cannot be set here is as mmdet's Mask R-CNN has it."""
-    preprocessing = _at(model, "data_preprocessor") or {}
-    normalising = next((step for step in steps if step.get("type") == "Normalize"), {})  # in mmdet 2
-    mean, std = ([255 * share for share in shares] for shares in (IMAGE_MEAN, IMAGE_STD))
-    extractor, anchors = ("roi_head", "bbox_roi_extractor"), ("rpn_head", "anchor_generator")
+    anchors, box_head = ("rpn_head", "anchor_generator"), ("roi_head", "bbox_head")
+    strides = list(at(model, *anchors, "strides") or STRIDES)
+    layers = [at(model, "roi_head", name, "roi_layer") for name in _EXTRACTORS]
+    expected: list[tuple[str, Any, Any]] = [
+        ("test_cfg.rpn.nms.type", kind(at(test, "rpn", "nms")), "nms"),
+        ("test_cfg.rcnn.nms.type", kind(at(test, "rcnn", "nms")), "nms"),
+        ("test_cfg.rcnn.nms.class_agnostic", at(test, "rcnn", "nms", "class_agnostic"), False),
+        ("test_cfg.rpn.min_bbox_size", at(test, "rpn", "min_bbox_size"), 0),
+        ("test_cfg.rpn.nms_across_levels", at(test, "rpn", "nms_across_levels"), False),
+        ("anchor_generator.center_offset", at(model, *anchors, "center_offset"), 0),
+        ("rpn_head.bbox_coder.type", kind(at(model, "rpn_head", "bbox_coder")), "DeltaXYWHBBoxCoder"),
+        ("bbox_head.bbox_coder.type", kind(at(model, *box_head, "bbox_coder")), "DeltaXYWHBBoxCoder"),
+        ("rpn_head.bbox_coder.target_means", at(model, "rpn_head", "bbox_coder", "target_means"), [0] * 4),
+        ("bbox_head.bbox_coder.target_means", at(model, *box_head, "bbox_coder", "target_means"), [0] * 4),
+        ("bbox_head.cls_predictor_cfg.type", kind(at(model, *box_head, "cls_predictor_cfg")), "Linear"),
+        ("bbox_head.reg_predictor_cfg.type", kind(at(model, *box_head, "reg_predictor_cfg")), "Linear"),
+        ("bbox_head.loss_cls.use_sigmoid", at(model, *box_head, "loss_cls", "use_sigmoid"), False),
+    ]
+    for name, layer in zip(_EXTRACTORS, layers, strict=True):
+        extractor = at(model, "roi_head", name)
+        expected += [
+            (f"{name}.finest_scale", at(extractor, "finest_scale"), 56),
+            (f"{name}.featmap_strides", at(extractor, "featmap_strides"), strides[:-1]),
+            (f"{name}.roi_layer.type", kind(layer), "RoIAlign"),
+        ]
+    if layers[0] and layers[1]:
+        of_boxes, of_masks = (
+            {key: value for key, value in layer.items() if key not in ("type", "output_size", "out_size")}
+            for layer in layers
+        )
+        expected.append(("mask_roi_extractor.roi_layer", of_masks, of_boxes))
+    preprocessing = at(model, "data_preprocessor")
+    if preprocessing:
+        expected += [
+            ("data_preprocessor.mean", preprocessing.get("mean", "none"), MEAN),
+            ("data_preprocessor.std", preprocessing.get("std", "none"), STD),
+            ("data_preprocessor.bgr_to_rgb", preprocessing.get("bgr_to_rgb", False), True),
+        ]
     differing = [
         f"{name}={found!r} instead of {usual!r}"
-        for name, found, usual in (
-            ("test_cfg.rpn.nms.type", _at(test, "rpn", "nms", "type"), "nms"),
-            ("test_cfg.rcnn.nms.type", _at(test, "rcnn", "nms", "type"), "nms"),
-            ("test_cfg.rpn.min_bbox_size", _at(test, "rpn", "min_bbox_size"), 0),
-            ("test_cfg.rpn.nms_across_levels", _at(test, "rpn", "nms_across_levels"), False),
-            ("data_preprocessor.mean", preprocessing.get("mean"), mean),
-            ("data_preprocessor.std", preprocessing.get("std"), std),
-            ("data_preprocessor.bgr_to_rgb", preprocessing.get("bgr_to_rgb"), True),
-            ("Normalize.mean", normalising.get("mean"), mean),
-            ("Normalize.std", normalising.get("std"), std),
-            ("Normalize.to_rgb", normalising.get("to_rgb"), True),
-            ("bbox_roi_extractor.finest_scale", _at(model, *extractor, "finest_scale"), 56),
-            ("bbox_roi_extractor.roi_layer.type", _roi_layer(model).get("type"), "RoIAlign"),
-            ("anchor_generator.center_offset", _at(model, *anchors, "center_offset"), 0),
-        )
+        for name, found, usual in expected
         if found is not None and not _is_equal(found, usual)
     ]
     if differing:
@@ -143,24 +218,21 @@ def _require_usual(model: Any, test: Any, steps: list[dict[str, Any]], path: Pat
 
 def _is_equal(found: Any, usual: Any) -> bool:
     if isinstance(usual, list):
-        return len(found) == len(usual) and all(map(_is_equal, found, usual))
+        is_list = isinstance(found, list) and len(found) == len(usual)
+        return is_list and all(map(_is_equal, found, usual))
     return math.isclose(found, usual, rel_tol=1e-4) if isinstance(usual, float) else bool(found == usual)
 
 
-def _roi_layer(model: Any) -> dict[str, Any]:
-    return _at(model, "roi_head", "bbox_roi_extractor", "roi_layer") or {}
-
-
 def _conventions(model: Any) -> Conventions:
-    anchors = _at(model, "rpn_head", "anchor_generator") or {}
-    layer = _roi_layer(model)
-    proposal_std = _at(model, "rpn_head", "bbox_coder", "target_stds") or [1.0] * 4
-    box_std = _at(model, "roi_head", "bbox_head", "bbox_coder", "target_stds") or [0.1, 0.1, 0.2, 0.2]
+    anchors = at(model, "rpn_head", "anchor_generator") or {}
+    layer = at(model, "roi_head", "bbox_roi_extractor", "roi_layer") or {}
+    proposal_std = at(model, "rpn_head", "bbox_coder", "target_stds") or [1.0] * 4
+    box_std = at(model, "roi_head", "bbox_head", "bbox_coder", "target_stds") or [0.1, 0.1, 0.2, 0.2]
     return Conventions(
         roi_aligned=layer.get("aligned", True),
-        roi_sampling_ratio=max(0, layer.get("sampling_ratio", 0)),
+        roi_sampling_ratio=max(0, _first(layer, "sampling_ratio", "sample_num", usual=0)),
         rounded_anchors=False,
-        anchor_strides=tuple(anchors.get("strides", (4, 8, 16, 32, 64))),
+        anchor_strides=tuple(anchors.get("strides", STRIDES)),
         anchor_ratios=tuple(anchors.get("ratios", (0.5, 1.0, 2.0))),
         proposal_weights=tuple(1 / deviation for deviation in proposal_std),
         box_weights=tuple(1 / deviation for deviation in box_std),
@@ -169,54 +241,28 @@ def _conventions(model: Any) -> Conventions:
 
 
 def _smallest_anchor(model: Any, path: Path) -> int:
-    anchors = _at(model, "rpn_head", "anchor_generator") or {}
-    scales, strides = anchors.get("scales", [8]), anchors.get("strides", [4, 8, 16, 32, 64])
-    if len(scales) != 1 or any(2 * fine != coarse for fine, coarse in pairwise(strides)):
+    anchors = at(model, "rpn_head", "anchor_generator") or {}
+    scales, strides = anchors.get("scales", [8]), anchors.get("strides", list(STRIDES))
+    is_doubling = all(2 * fine == coarse for fine, coarse in pairwise(strides))
+    if len(scales) != 1 or not is_doubling or scales[0] * strides[0] != int(scales[0] * strides[0]):
         raise CheckpointError(
-            f"{path} has anchors of the scales {scales} at the strides {strides}; here is one per level, "
-            "twice as large as at the level before. init_heads=random takes its backbone alone"
+            f"{path} has anchors of the scales {scales} at the strides {strides}; here is one of whole "
+            "pixels per level, twice as large as at the level before. init_heads=random takes its backbone "
+            "alone"
         )
     return int(scales[0] * strides[0])
 
 
+def _first(section: Mapping[str, Any], *keys: str, usual: Any) -> Any:
+    """The value of the first key that is there and says something."""
+    return next((section[key] for key in keys if section.get(key) is not None), usual)
+
+
+def _all_or(number: int) -> int:
+    """A number of proposals; mmdet writes -1 for all of them."""
+    return number if number > 0 else 2**31 - 1
+
+
 def _overlap(stage: Mapping[str, Any], usual: float) -> float:
-    found = _at(stage, "nms", "iou_threshold") or _at(stage, "nms", "iou_thr") or stage.get("nms_thr")
-    return float(found or usual)
-
-
-def _test_pipeline(settings: Mapping[str, Any]) -> Any:
-    """What photos went through in testing."""
-    return (
-        settings.get("test_pipeline")
-        or _at(settings, "test_dataloader", "dataset", "pipeline")
-        or _at(settings, "data", "test", "pipeline")
-    )
-
-
-def _photo_input(model: Any, steps: list[dict[str, Any]], path: Path) -> PhotoInput:
-    resize = next((step for step in steps if step.get("type") == "Resize"), {})
-    outer = next((step for step in steps if "img_scale" in step), {})  # mmdet 2 says it in MultiScaleFlipAug
-    scale = resize.get("scale") or resize.get("img_scale") or outer.get("img_scale") or [1333, 800]
-    scale = scale[0] if isinstance(scale, list) and isinstance(scale[0], list) else scale
-    if not isinstance(scale, list) or len(scale) != 2 or not all(isinstance(side, int) for side in scale):
-        raise CheckpointError(
-            f"{path} was tested on photos resized by {scale!r}; here they are resized to fit a longest and a "
-            "shortest side, or to a width and height. init_heads=random takes its backbone alone"
-        )
-    pads = [step for step in steps if step.get("type") == "Pad" and step.get("size_divisor")]
-    return PhotoInput(
-        longest_side=max(scale),
-        shortest_side=min(scale),
-        fixed_size=None if resize.get("keep_ratio", True) else (scale[1], scale[0]),
-        divisor=_at(model, "data_preprocessor", "pad_size_divisor")
-        or (pads[0]["size_divisor"] if pads else 32),
-        resize="uint8",
-    )
-
-
-def _steps(pipeline: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a pipeline, also those inside others."""
-    for step in pipeline if isinstance(pipeline, list) else []:
-        if isinstance(step, dict):
-            yield step
-            yield from _steps(step.get("transforms"))
+    nms = at(stage, "nms") or {}
+    return float(_first({**stage, **nms}, "iou_threshold", "iou_thr", "nms_thr", usual=usual))
