@@ -67,12 +67,12 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
     address = f"http://127.0.0.1:{cluster.dashboard}"
     (tmp_path / "together.py").write_text(TOGETHER)
     tiny = tiny_run(tmp_path)
-    options = {**build.plain(composed(*tiny).task), "folder": f"'{tmp_path / 'nodes'}'"}
+    options = {**build.flat(composed(*tiny).task), "folder": f"'{tmp_path / 'nodes'}'"}
     del options["name"]
     overrides = [each for each in tiny if not each.startswith("task.")]
     overrides += [
         "task=own", "task.name=together:Together",
-        *(f"+task.options.{name}={value}" for name, value in options.items()),
+        *(f"+task.options.{name}={'null' if value is None else value}" for name, value in options.items()),
         "cluster=ray", "cluster.num_workers=null", f"search.num_evaluations={NUM_EVALUATIONS}",
         f"search.storage={tmp_path / 'study.journal'}", "until=search",
     ]  # fmt: skip
