@@ -103,7 +103,7 @@ def _check_images(images: Sequence[Record]) -> None:
                     "numbers of pixels"
                 )
             image[key] = int(side)
-        if MAX_PIXELS and image["width"] * image["height"] > MAX_PIXELS:
+        if image["width"] * image["height"] > MAX_PIXELS:
             raise DataError(
                 f"{named} has size {image['width']}×{image['height']}, more than {MAX_PIXELS:,} pixels: cut "
                 "it into tiles, or scale it down, together with its annotations"

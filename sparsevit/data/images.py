@@ -23,8 +23,10 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes the stored pixels upright, by EXIF orientation."""
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Pillow refuses larger images; from half of it on it warns, which would tell the user nothing."""
+MAX_PIXELS = 178_956_970
+"""Pillow's own bound, unless another library has lifted it (nuscenes-devkit does, for its maps).
+
+From half of it on Pillow warns, which would tell the user nothing."""
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -81,16 +83,25 @@ def open_image(path: Path) -> Image.Image:
         DataError: naming the file if it is missing, no image, or too large.
     """
     try:
-        return Image.open(path)
+        image = Image.open(path)
+        num_pixels = image.width * image.height
     except FileNotFoundError as error:
         raise DataError(f"image {path} does not exist") from error
     except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{path} has more than {MAX_PIXELS:,} pixels ({error}): cut it into tiles, or scale it down, "
-            "together with its annotations"
-        ) from error
+        raise _too_large(path, str(error)) from error
     except OSError as error:
         raise DataError(f"{path} is not a readable image: {error}") from error
+    if num_pixels > MAX_PIXELS:
+        image.close()
+        raise _too_large(path, f"{num_pixels} pixels")
+    return image
+
+
+def _too_large(path: Path, how_large: str) -> DataError:
+    return DataError(
+        f"{path} has more than {MAX_PIXELS:,} pixels ({how_large}): cut it into tiles, or scale it down, "
+        "together with its annotations"
+    )
 
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
