@@ -17,8 +17,8 @@ class Imported:
         weights: by our names; the backbone's by those of any library that is known.
         format: who wrote it.
         config: the task's configuration with what these weights are only right with.
-        tested_config: the same, with the sizes, thresholds and numbers that the checkpoint was tested with;
-            `config` where the file does not have them.
+        tested_config: the same, with the sizes, thresholds and numbers that the checkpoint was tested with,
+            as far as the file tells; `notes` say what it does not.
         notes: what to tell the user, a sentence each.
     """
 
