@@ -15,8 +15,10 @@ from sparsevit.checkpoints.foreign import Imported, without_common_prefix
 from sparsevit.checkpoints.formats import RECOMPUTED
 
 logger = logging.getLogger(__name__)
-_IMAGE_CLASSIFIER = re.compile(r"(head|head\.fc|fc|classifier|norm|layernorm|swin\.layernorm)\.(weight|bias)")
-"""What a Swin that was trained on ImageNet has after its last stage."""
+_IMAGE_CLASSIFIER = re.compile(
+    r"(head|head\.fc|fc|classifier|norm|layernorm|swin\.layernorm)\.(weight|bias)|(.*\.)?mask_token"
+)
+"""What a Swin has of its training on images alone: after its last stage, and for masked patches."""
 
 
 @dataclass(frozen=True)

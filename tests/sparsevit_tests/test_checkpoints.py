@@ -195,3 +195,15 @@ def test_heads_stay_random_on_request(tmp_path: Path) -> None:
     name = "backbone.body.norms.0.weight"
     assert torch.equal(model.state_dict()[name], source.state_dict()[name])
     assert not torch.equal(model.rpn.head.cls_logits.weight, source.rpn.head.cls_logits.weight)
+
+
+def test_backbone_of_a_classifier_or_of_masked_images_is_taken(tmp_path: Path) -> None:
+    """What was of use in its training alone is no loss; norms that it lacks are named as untrained."""
+    task = small_task()
+    weights = {f"encoder.{n}": v for n, v in microsoft_names(create_backbone("swin_nano")).items()}
+    for stage in range(3):
+        del weights[f"encoder.norm{stage}.weight"], weights[f"encoder.norm{stage}.bias"]
+    torch.save({"model": weights | {"encoder.mask_token": torch.zeros(1, 1, 32)}}, tmp_path / "masked.pth")
+    uncovered = load(task, task.build_model(create_backbone("swin_nano")), tmp_path / "masked.pth")
+    norms = [name for name in uncovered if name.startswith("backbone.body.")]
+    assert norms == [f"backbone.body.norms.{s}.{leaf}" for s in range(3) for leaf in ("bias", "weight")]
