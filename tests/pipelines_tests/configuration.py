@@ -84,3 +84,22 @@ def command(folder: Path, *overrides: str, experiment: str = "coco") -> list[str
         f"+experiment={experiment}",
         *tiny_run(folder, *overrides, experiment=experiment),
     ]
+
+
+def telling_run(folder: Path, *overrides: str) -> list[str]:
+    """Overrides of a tiny run with the task of `telling`, whose scores tell where they come from."""
+    own = [
+        "task=own",
+        "task.name=tests.pipelines_tests.telling:Telling",
+        "search.objectives=[{name:score,direction:maximize},{name:latency_ms,direction:minimize}]",
+        "evaluation.precision=fp32",
+        "train.precision=fp32",
+        "adapt.precision=fp32",
+        "finetune.precision=fp32",
+        "finetune.epochs=1",
+    ]
+    return [
+        *(each for each in tiny_run(folder) if not each.startswith(("task.", "finetune.epochs"))),
+        *own,
+        *overrides,
+    ]
