@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,22 +72,95 @@ def test_the_time_limit_ends_a_run_after_a_whole_round(clock: Clock) -> None:
     assert 3 <= counts.pop() < 50
 
 
-def test_drift_is_divided_out_and_told(clock: Clock) -> None:
-    """A machine that becomes half as fast: ratios stay, and somebody says so."""
-    slow = itertools.count(1)
+def at_speed(clock: Clock, speed: Callable[[], float]) -> Callable[[float], Callable[[], None]]:
+    """Calls on a machine whose speed changes from call to call."""
 
-    def drifting(seconds: float) -> Callable[[], None]:
+    def lasting(seconds: float) -> Callable[[], None]:
         def take() -> None:
-            clock.now += seconds * (1 + next(slow) / 60)
+            clock.now += seconds / speed()
 
         return take
 
-    found = interleaved([drifting(0.01), drifting(0.02)], drifting(0.04), min_rounds=12)
-    ratio = found.calls[1].median_ms / found.calls[0].median_ms
-    assert ratio == pytest.approx(2, rel=0.1)
-    assert found.drift > 0.3
+    return lasting
+
+
+@pytest.mark.parametrize("becomes", ["slower", "faster"])
+def test_drift_is_divided_out_and_told(clock: Clock, becomes: str) -> None:
+    """On the clock times spread by half and more; told are their shares of the reference."""
+    number = itertools.count()
+    power = -1 if becomes == "slower" else 1
+    lasting = at_speed(clock, lambda: (1 + next(number) / 60) ** power)
+    found = interleaved([lasting(0.01), lasting(0.02)], lasting(0.04), min_rounds=12)
+    for each, share in zip(found.calls, (0.25, 0.5), strict=True):
+        expected = [share * found.reference_ms] * 12
+        assert each.times_ms == pytest.approx(expected, rel=0.1)
+        assert each.median_ms == pytest.approx(expected[0], rel=0.03)
+        assert each.spread < 0.03
+    assert abs(found.drift) > 0.2
     (warning,) = found.warnings
-    assert "slower while it was measured: it is throttled, or busy" in warning
+    assert f"{becomes} while it was measured: it is throttled, or busy" in warning
+
+
+def test_a_sudden_throttling_leaves_the_medians_exact(clock: Clock) -> None:
+    """Half as fast from one call to the next: all but the times about the step are right to the digit."""
+    speeds = itertools.chain([1.0] * 24, itertools.repeat(0.5))
+    lasting = at_speed(clock, lambda: next(speeds))
+    found = interleaved([lasting(0.003), lasting(0.02)], lasting(0.04), min_rounds=12)
+    assert found.references_ms[0] == pytest.approx(40)
+    assert found.references_ms[-1] == pytest.approx(80)
+    for each, share in zip(found.calls, (0.075, 0.5), strict=True):
+        assert each.median_ms == pytest.approx(share * found.reference_ms)
+
+
+def test_a_steady_device_is_told_as_it_is(clock: Clock) -> None:
+    found = interleaved([clock.call(0.003), clock.call(0.02)], clock.call(0.04), min_rounds=4)
+    assert [each.median_ms for each in found.calls] == pytest.approx([3, 20])
+    assert (found.reference_ms, found.drift) == (pytest.approx(40), pytest.approx(0))
+    assert found.outlier_share == found.noise == 0
+    assert found.warnings == []
+
+
+def test_a_disturbed_reference_disturbs_nothing_near_it(clock: Clock) -> None:
+    """Warm-up takes 6 of its calls; of what is timed, every seventh takes ten times as long."""
+    reference = clock.call(*[0.04] * 6, *[0.4, *[0.04] * 6] * 9)
+    found = interleaved([clock.call(0.01 * k) for k in range(1, 8)], reference, min_rounds=9)
+    assert max(found.references_ms) == pytest.approx(400)
+    for k, each in enumerate(found.calls, start=1):
+        assert each.times_ms == pytest.approx([10 * k] * len(each.times_ms))
+
+
+def test_the_reference_is_warm_and_timed_among_the_calls(clock: Clock) -> None:
+    """Slow at first, as everything is that was never called; once more for every three calls."""
+    reference = iter([0.4, 0.3, 0.2, 0.1, *[0.04] * 99])
+
+    def take() -> None:
+        clock.now += next(reference)
+
+    found = interleaved([clock.call(0.01)] * 7, take, min_rounds=4, max_rounds=4)
+    assert found.references_ms == pytest.approx([40] * 3 * 4)
+
+
+def test_every_round_has_an_order_of_its_own(clock: Clock) -> None:
+    """What a call leaves behind (heat, a full cache) must not always fall on the same one."""
+
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        called: list[int] = []
+
+        def note(index: int) -> None:
+            clock.now += 0.01
+            called.append(index)
+
+        time_interleaved(
+            [partial(note, index) for index in range(6)], clock.call(0.01), device=CPU,
+            limits=TimingLimits.exactly(60), generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        return [tuple(called[start : start + 6]) for start in range(0, 360, 6)]
+
+    found = orders(0)
+    assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in found)
+    assert len(set(found)) > 40
+    assert {order.index(0) for order in found} == {0, 1, 2, 3, 4, 5}
+    assert found == orders(0) != orders(1)
 
 
 def test_outliers_are_counted_and_do_not_move_the_median() -> None:
