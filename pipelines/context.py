@@ -207,8 +207,12 @@ class Run:
         return self.config.seed + ("train", "adapt", "finetune").index(stage)
 
     def data_fingerprint(self, *splits: DataSplit) -> list[Any]:
-        """What a result knows of its data: annotations and the images used."""
-        return [{"annotations": self._digest(split), "images": split.sample_ids} for split in splits]
+        """What a result knows of its data: annotations, the images used, and their folder if one is named."""
+        folder = self.config.data.images
+        return [
+            {"annotations": self._digest(split), "images": split.sample_ids, "folder": folder}
+            for split in splits
+        ]
 
     def machine(self) -> dict[str, Any]:
         """What a measured time depends on."""

@@ -26,6 +26,8 @@ class Train:
 
     def depends_on(self, run: Run) -> Mapping[str, Any]:
         initial = build.initial_weights(run.config)
+        backbone = build.plain(run.config.backbone)
+        del backbone["choices"]  # the dense model knows none
         return {
             **training_key(run.config.train, run),
             "init": "scratch" if initial is None else path_digest(initial),
@@ -33,7 +35,7 @@ class Train:
             "loads_heads": initial is not None and build.loads_heads(run.config),
             "settings": None if initial is None else run.config.init_settings,
             "task": build.plain(run.config.task),
-            "backbone": build.plain(run.config.backbone),
+            "backbone": backbone,
         }
 
     def execute(self, run: Run, folder: Path) -> Mapping[str, float]:

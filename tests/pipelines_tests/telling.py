@@ -69,7 +69,8 @@ class Telling:
         self.config = Config(**options)
 
     def training_transform(self) -> Transform:
-        return v2.Identity()
+        transform: Transform = v2.Identity()
+        return transform
 
     def build_model(self, backbone: SparseSwin) -> nn.Module:
         return Counted(backbone)
@@ -96,7 +97,7 @@ class Telling:
     ) -> Mapping[str, float]:
         assert isinstance(model, Counted) and sparsity is not None
         score = _told(
-            dataset.split, int(model.num_steps), sparsity, len(dataset),
+            dataset.split, int(model.num_steps), sparsity.ratios, len(dataset),
             is_bf16=torch.is_autocast_enabled(device.type),
         )  # fmt: skip
         return {"score": score, "score/disc": score + OF_CLASS}

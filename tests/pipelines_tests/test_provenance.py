@@ -266,7 +266,7 @@ def test_scores_of_another_precision_are_not_those_that_were_kept(run: Told, ove
 
 
 def test_scores_of_other_images_are_not_those_that_were_kept(run: Told, overrides: list[str]) -> None:
-    """The same weights, scored on the train split: its first six images, and the report split in its place."""
+    """The same weights, with the search split in the place of the report split."""
     other = run_pipeline(composed(*overrides, "data.val=search", "until=train", "tracking=none"))
     assert other["train"].was_reused
     assert other["train"].metrics["score"] == pytest.approx(told("search", "train", DENSE))
