@@ -3,7 +3,6 @@
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,28 +17,12 @@ from sparsevit.latency.calibration import measure
 from sparsevit.latency.energy import EnergyMeter
 from sparsevit.latency.memory import peak_mib, require_memory
 from sparsevit.latency.subject import backbone_subject, check_runtime, model_name, model_subject, num_samples
-from sparsevit.latency.timing import Timing, TimingLimits, Timings, time_interleaved, time_once_ms, warm_up
+from sparsevit.latency.timing import Timing, TimingLimits, Timings, time_interleaved, warm_up
+from tests.sparsevit_tests.known_device import Clock
 from tests.sparsevit_tests.test_checkpoints import small_task
 
 CPU = torch.device("cpu")
 VECTOR = SparsityVector((0.5, 0.3, 0.2, 0.4, 0.6, 0.0))
-
-
-class Clock:
-    """Calls that take as long as they are told, on a clock of their own."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-
-    def call(self, *seconds: float) -> Callable[[], None]:
-        each = itertools.cycle(seconds)
-
-        def take() -> None:
-            self.now += next(each)
-
-        return take
 
 
 @pytest.fixture
@@ -292,37 +275,38 @@ def test_a_backbone_is_measured_as_a_cuda_graph() -> None:
 
 
 @pytest.mark.parametrize("runtime", ["compiled", "onnxruntime"])
-def test_a_backbone_is_measured_compiled_and_exported(runtime: str) -> None:
+def test_what_is_timed_compiled_or_exported_computes_what_the_backbone_does(runtime: str) -> None:
     if runtime == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    backbone = create_backbone("swin_nano")
-    with (
-        backbone_subject(backbone, batch_size=1, image_size=(64, 64), runtime=runtime) as subject,
-        torch.inference_mode(),
-    ):
-        assert subject.runtime == runtime
-        call = subject.call_of(VECTOR)
-        features = call()
-        assert time_once_ms(call, CPU) > 0
-    assert isinstance(features, list)
-    assert [tuple(each.shape)[-2:] for each in features] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    torch.manual_seed(0)
+    backbone, found = create_backbone("swin_nano"), []
+    for each in ("eager", runtime):
+        with (
+            backbone_subject(backbone, batch_size=1, image_size=(64, 64), runtime=each) as subject,
+            torch.inference_mode(),
+        ):
+            assert subject.runtime == each
+            found.append([torch.as_tensor(feature) for feature in subject.call_of(VECTOR)()])  # type: ignore[attr-defined]
+    for expected, feature in zip(*found, strict=True):
+        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_whole_model_takes_longer_than_its_backbone() -> None:
+def test_of_a_whole_model_everything_up_to_its_predictions_is_timed() -> None:
     task = small_task()
     torch.manual_seed(0)
     model = task.build_model(create_backbone("swin_nano")).train()
-    backbone = task.backbone_of(model)
-    photo = torch.rand(3, 90, 128)
-    limits = TimingLimits.exactly(5)
-    with model_subject(model, backbone, [[photo, photo]], name="small") as subject:
-        assert (subject.measures, subject.batch_size) == ("small", 2)
-        size = subject.image_size
-        whole = measure(subject, [VECTOR], limits)
+    photos = [torch.rand(3, 90, 128) for _ in range(2)]
+    with (
+        model_subject(model, task.backbone_of(model), [photos], name="small") as subject,
+        torch.inference_mode(),
+    ):
+        assert (subject.measures, subject.batch_size, subject.image_size) == ("small", 2, (64, 64))
+        found, expected = subject.call_of(VECTOR)(), model(photos, sparsity=VECTOR)
     assert model.training
-    with backbone_subject(backbone, batch_size=2, image_size=size) as subject:
-        alone = measure(subject, [VECTOR], limits)
-    assert whole.latencies_ms[0] > 1.2 * alone.latencies_ms[0]
+    assert isinstance(found, list)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert set(mine) == {"boxes", "labels", "scores", "masks"}
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_a_batch_is_counted_in_images_that_the_backbone_sees() -> None:
