@@ -1,4 +1,4 @@
-"""Drawn pictures that have what COCO's photos have: JPEG in colour and grey, odd sizes, crowds, gaps in ids."""
+"""Drawn pictures that have what COCO's photos have: JPEG in colour and grey, odd sizes, crowds, gaps."""
 
 import json
 from pathlib import Path
