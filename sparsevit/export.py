@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparsevit.allocator import keep_freed_memory
 from sparsevit.backbone import SparseSwin, create_backbone
-from sparsevit.checkpoints.files import CheckpointError, read_weights, write_weights
-from sparsevit.sparsity import SparsityVector
+from sparsevit.checkpoints.files import CheckpointError, check_finite, read_weights, write_weights
+from sparsevit.sparsity import SparsityVector, check_fits
 from sparsevit.tasks import create_task
 
 CONFIG_FILE = "config.json"
@@ -129,30 +129,48 @@ def load_exported(folder: str | Path, *, trusted: bool = False) -> ExportedModel
         trusted: whether a task of one's own, ``module:callable``, may be imported and called.
 
     Raises:
-        CheckpointError: if the folder does not hold an export, its weights do not fit, or its task is not
-            one of ours and not trusted.
+        CheckpointError: if the folder does not hold an export, its weights do not fit or are no numbers, or
+            its task is not one of ours and not trusted.
     """
     keep_freed_memory()
     folder = Path(folder)
+    config = _read_config(folder)
+    if ":" in str(config["task"]) and not trusted:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} names a task that is not ours: loading it imports and calls "
+            f"{config['task']}, whatever that does. If you know where the folder comes from, allow it: "
+            "load_exported(folder, trusted=True), or --trusted on the command line"
+        )
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        if ":" in config["task"] and not trusted:
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE} names a task that is not ours: loading it imports and calls "
-                f"{config['task']}, whatever that does. If you know where the folder comes from, allow it: "
-                "load_exported(folder, trusted=True), or --trusted on the command line"
-            )
         task = create_task(config["task"], config["task_config"])
-        model = task.build_model(create_backbone(config["backbone"]))
+        backbone = create_backbone(config["backbone"])
+        model = task.build_model(backbone)
         sparsity = SparsityVector(tuple(config["sparsity"]))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} does not hold an exported model: {error}") from error
-    weights = read_weights(folder / WEIGHTS_FILE)
+        check_fits(sparsity, backbone.depths)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the model that {folder / CONFIG_FILE} describes cannot be built: {error}"
+        ) from error
+    path = folder / WEIGHTS_FILE
+    weights = read_weights(path)
+    check_finite(weights, path)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {folder} do not fit its configuration: {error}") from error
     return ExportedModel(model, sparsity, config).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What `export_model` wrote beside the weights, all of it."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        for key in ("sparsity", "backbone", "task", "task_config"):
+            config[key]
+        return config
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{folder} does not hold an exported model: {reason}") from error
 
 
 def load_example(folder: str | Path) -> list[Any]:

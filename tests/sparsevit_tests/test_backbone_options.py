@@ -68,17 +68,31 @@ def test_stochastic_depth_acts_in_training_alone() -> None:
     assert not torch.equal(backbone(IMAGES)[-1], plain(IMAGES)[-1])
 
 
-def test_frozen_stages_get_no_gradient_and_stay_in_evaluation_mode() -> None:
-    backbone = SparseSwin(TINY, 0.5, frozen_stages=2).train()
-    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-    assert trained
-    assert all(name.startswith(("stages.2.", "norms.2.", "downsamples.1.")) for name in trained)
-    assert not backbone.stages[1].training and backbone.stages[2].training
-    sum(feature.sum() for feature in backbone(IMAGES, SPARSE)).backward()
-    assert backbone.patch_embed.proj.weight.grad is None
-    assert all(parameter.grad is not None for parameter in backbone.stages[2].parameters())
-    everything = SparseSwin(TINY, frozen_stages=3)
-    assert not any(parameter.requires_grad for parameter in everything.parameters())
+@pytest.mark.parametrize(
+    ("frozen_stages", "frozen"),
+    [
+        (-1, ()),
+        (0, ("patch_embed.",)),
+        (1, ("patch_embed.", "stages.0.", "norms.0.")),
+        (2, ("patch_embed.", "stages.0.", "norms.0.", "downsamples.0.", "stages.1.", "norms.1.")),
+        (3, ("",)),
+    ],
+)
+def test_frozen_parts_and_no_others_keep_their_weights_and_evaluation_mode(
+    frozen_stages: int, frozen: tuple[str, ...]
+) -> None:
+    """A merging belongs to the stage that it leads to."""
+    backbone = tiny(frozen_stages=frozen_stages).train()
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    before = {name: value.clone() for name, value in backbone.named_parameters()}
+    if trained:
+        sum(feature.square().sum() for feature in backbone(IMAGES, SPARSE)).backward()
+        torch.optim.Adam(trained, lr=1e-2).step()  # as far, however small a gradient is
+    for name, value in backbone.named_parameters():
+        assert torch.equal(value, before[name]) == name.startswith(frozen), name
+    for name, module in backbone.named_modules():
+        if "." in name:  # not the network, nor its lists
+            assert module.training != f"{name}.".startswith(frozen), name
 
 
 def test_checkpoints_change_memory_and_nothing_else() -> None:

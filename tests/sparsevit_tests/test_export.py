@@ -1,8 +1,9 @@
 """Task and export: a subnet leaves and comes back the same."""
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit import SparsityVector, create_backbone, load_exported
-from sparsevit.checkpoints import CheckpointError
-from sparsevit.export import CONFIG_FILE, ExportedModel, export_model, load_example
+from sparsevit.checkpoints import CheckpointError, read_weights, write_weights
+from sparsevit.export import CONFIG_FILE, WEIGHTS_FILE, ExportedModel, export_model, load_example
 from sparsevit.latency.__main__ import main
 from sparsevit.tasks import create_task
 from tests.sparsevit_tests.test_checkpoints import small_task
@@ -55,6 +56,66 @@ def export_small(folder: Path) -> None:
         folder, task.build_model(create_backbone("swin_nano")), VECTOR, backbone="swin_nano",
         task="instance_segmentation", task_config=task.config, example=[[torch.rand(3, 40, 60)]], details={},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("backbone.body.norms.2.bias"), "Missing key.*backbone.body.norms.2.bias"),
+        (lambda w: w.update(other=torch.zeros(2)), "Unexpected key.*other"),
+        (
+            lambda w: w.update({"backbone.body.norms.2.bias": torch.zeros(7)}),
+            "size mismatch for backbone.body.norms.2.bias",
+        ),
+        (lambda w: w["backbone.body.norms.2.bias"].fill_(torch.nan), "holds NaN or infinity: backbone.body"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_all_there_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    """What a file lacks would be random, and nobody would know."""
+    export_small(tmp_path)
+    weights = read_weights(tmp_path / WEIGHTS_FILE)
+    change(weights)
+    write_weights(tmp_path / WEIGHTS_FILE, weights)
+    with pytest.raises(CheckpointError, match=rf"(?s){re.escape(str(tmp_path))}.*{message}"):
+        load_exported(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": [0.5, 0.3]}, r"has 2 ratios, but depths \[2, 2, 6, 2\] need 6"),
+        ({"sparsity": [1.0] * 6}, r"ratios lie in \[0, 1\)"),
+        ({"backbone": "swin_x"}, "unknown backbone 'swin_x'"),
+        ({"backbone": None}, "unknown backbone None"),
+        ({"task": "x"}, "unknown task 'x'"),
+        ({"task": 3}, "'int' is not iterable"),
+        ({"task_config": {"classes": 3}}, "unexpected keyword argument 'classes'"),
+        ({"task_config": {"num_classes": 0}}, "num_classes must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_a_configuration_that_is_none_names_its_folder(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    export_small(tmp_path)
+    path = tmp_path / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(path))} describes cannot be built: .*{message}"
+    ):
+        load_exported(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["sparsity", "backbone", "task", "task_config"])
+def test_a_configuration_that_lacks_something_names_it(tmp_path: Path, key: str) -> None:
+    export_small(tmp_path)
+    path = tmp_path / CONFIG_FILE
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))}.*: '{key}' is missing"):
+        load_exported(tmp_path)
 
 
 def rename_task(folder: Path, name: str) -> None:

@@ -135,6 +135,38 @@ def test_changed_weight_is_noticed(change: Callable[[nn.Linear], object]) -> Non
         assert not torch.allclose(before, after)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_change_of_any_single_value_in_place_is_noticed(dtype: torch.dtype) -> None:
+    """Wherever it stands; a sample of the values would not see it."""
+    layer, x = nn.Linear(24, 20).to(dtype), torch.eye(24).to(dtype)
+    with torch.no_grad():
+        for place in range(layer.weight.numel()):
+            linear(x, layer)
+            layer.weight.view(-1)[place] = 5.0
+            assert linear(x, layer)[place % 24, place // 24] > 4
+        linear(x, layer)
+        layer.bias[3] = 100.0
+        torch.testing.assert_close(linear(x, layer), layer(x), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_a_backbone_computes_with_the_weights_it_has_now(dtype: torch.dtype, ratio: float) -> None:
+    """One value of every parameter is changed in place between two passes, as an optimiser does."""
+    backbone = random_backbone().to(dtype)
+    images = torch.randn(1, 3, 52, 76, generator=torch.Generator().manual_seed(0)).to(dtype)
+    vector = backbone.space.uniform(ratio)
+    with torch.no_grad():
+        before = backbone(images, vector)
+        for parameter in backbone.parameters():
+            parameter.view(-1)[1] += 0.5
+        fresh = copy.deepcopy(backbone)
+        for stale, mine, expected in zip(
+            before, backbone(images, vector), fresh(images, vector), strict=True
+        ):
+            assert torch.equal(mine, expected) and not torch.equal(mine, stale)
+
+
 def test_hooks_and_parametrizations_are_respected() -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
