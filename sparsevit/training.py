@@ -59,11 +59,15 @@ class TrainingConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         check_precision(self.precision)
-        if self.num_steps < 0 or self.batch_size < 1:
-            raise ValueError(
-                f"num_steps must be at least 0 and batch_size at least 1, "
-                f"got {self.num_steps} and {self.batch_size}"
-            )
+        for name in (
+            "num_steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "clip_norm",
+            "backbone_rate", "num_workers", "checkpoint_every_s",
+        ):  # fmt: skip
+            lowest = 1 if name == "batch_size" else 0
+            if not getattr(self, name) >= lowest:  # NaN is not
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        if not all(0 <= share <= 1 for share in self.milestones):
+            raise ValueError(f"milestones are shares of num_steps, in [0, 1], got {list(self.milestones)}")
 
 
 def train(

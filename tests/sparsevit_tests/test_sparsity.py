@@ -56,6 +56,20 @@ def test_draws_are_legal_and_follow_the_generator() -> None:
     assert all(SWIN_T.draw(generator) in SWIN_T for _ in range(200))
 
 
+def test_every_pair_draws_from_all_choices_evenly_before_its_stage_is_sorted() -> None:
+    """So the first ratio of a stage is the smallest of as many draws, its last the largest."""
+    generator, number = torch.Generator().manual_seed(0), 3000
+    draws = [SWIN_T.draw(generator).ratios for _ in range(number)]
+    for gene, expected in (
+        (0, [(1 - k / 9) for k in range(9)]),
+        (2, [(1 - k / 9) ** 3 for k in range(9)]),
+        (4, [1 - (k / 9) ** 3 for k in range(9)]),
+        (5, [(1 - k / 9) for k in range(9)]),
+    ):
+        shares = [sum(each[gene] >= choice for each in draws) / number for choice in SWIN_T.choices]
+        assert shares == pytest.approx(expected, abs=0.03)  # give or take 0.009
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, math.inf])
 def test_ratio_out_of_range(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"ratios lie in \[0, 1\), but ratio 1"):

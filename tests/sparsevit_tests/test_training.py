@@ -1,5 +1,6 @@
 """The trainer: it learns, resumes as if never stopped, and says when it cannot go on."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsevit import SparsitySpace, SparsityVector, create_backbone
+from sparsevit import SparseSwin, SparsitySpace, SparsityVector, SwinConfig, create_backbone
 from sparsevit.adaptation import SAMPLING_LAWS, sampling_law
 from sparsevit.data.augmentation import instance_augmentation
 from sparsevit.data.coco import CocoInstances
 from sparsevit.data.order import TrainingOrder
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.tasks.instance_segmentation import InstanceSegmentation
-from sparsevit.training import TrainingConfig, build_optimizer, learning_rate_factor, train
+from sparsevit.training import OnStep, TrainingConfig, build_optimizer, learning_rate_factor, train
 from tests.sparsevit_tests.test_checkpoints import small_task
 
 SPACE = SparsitySpace((2, 2, 6, 2))
@@ -92,6 +93,106 @@ def test_loss_that_is_not_finite_names_the_step(dataset: CocoInstances, tmp_path
         )  # fmt: skip
 
 
+class Plane(nn.Module):
+    """Two weights beside a backbone that nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(2))
+        self.backbone = SparseSwin(SwinConfig(embed_dim=8, depths=(2,), num_heads=(1,)))
+
+
+class Slope(InstanceSegmentation):
+    """A task whose loss is a plane: its gradient is (3, 4) everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(small_task().config)
+        self.vectors: list[SparsityVector | None] = []
+        self.states: set[tuple[bool, bool]] = set()
+
+    def backbone_of(self, model: nn.Module) -> SparseSwin:
+        assert isinstance(model, Plane)
+        return model.backbone
+
+    def losses(self, model: nn.Module, batch: Any, sparsity: SparsityVector | None) -> dict[str, Tensor]:
+        assert isinstance(model, Plane)
+        self.vectors.append(sparsity)
+        self.states.add((model.training, torch.is_autocast_enabled("cpu")))
+        return {"along": 3 * model.weights[0], "across": 4 * model.weights[1]}
+
+
+def descend(
+    dataset: CocoInstances,
+    folder: Path,
+    config: TrainingConfig,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> tuple[Slope, Plane]:
+    task, model = Slope(), Plane().eval()
+    train(
+        task, model, dataset, config, draw_vector=SPACE.draw, seed=seed, checkpoint=folder / "c.pt",
+        on_step=on_step or (lambda step, values: None),
+    )  # fmt: skip
+    return task, model
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(0.0, (3.0, 4.0)), (1.0, (0.6, 0.8)), (5.5, (3.0, 4.0))])
+def test_gradients_are_clipped_to_a_norm_and_not_at_all_by_none(
+    dataset: CocoInstances, tmp_path: Path, clip_norm: float, expected: tuple[float, float]
+) -> None:
+    """What the last of three steps leaves behind: its own gradient, not the sum of all."""
+    config = TrainingConfig(num_steps=3, batch_size=1, clip_norm=clip_norm)
+    _, model = descend(dataset, tmp_path, config)
+    assert model.weights.grad is not None
+    assert model.weights.grad.tolist() == pytest.approx(expected, rel=1e-4)
+    assert model.weights.detach().abs().min() > 0
+
+
+def test_weights_move_by_the_schedule(dataset: CocoInstances, tmp_path: Path) -> None:
+    """On a plane a step of Adam is as long as the rate: half of it, all, then six steps of a cosine."""
+    config = TrainingConfig(
+        num_steps=8, batch_size=1, learning_rate=0.01, weight_decay=0.5, warmup_steps=5, clip_norm=0.0
+    )
+    _, model = descend(dataset, tmp_path, config)
+    moved = 0.01 * (0.5 + 1 + (3 + 1 / 2))
+    assert model.weights.tolist() == pytest.approx([-moved] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_step_has_a_vector_of_its_own(dataset: CocoInstances, tmp_path: Path, precision: str) -> None:
+    """A function of the seed and the step; losses are taken in training mode, in the precision asked for."""
+    config = TrainingConfig(
+        num_steps=6, batch_size=1, precision=precision, learning_rate=0.5, warmup_steps=0,
+        checkpoint_every_s=float("inf"),
+    )  # fmt: skip
+    told: list[tuple[int, float, float]] = []
+    task, model = descend(
+        dataset, tmp_path, config,
+        on_step=lambda step, values: told.append((step, values["loss"], values["along"] + values["across"])),
+    )  # fmt: skip
+    again, _ = descend(dataset, tmp_path, config)
+    other, _ = descend(dataset, tmp_path, config, seed=1)
+    assert task.vectors == again.vectors != other.vectors
+    assert len(set(task.vectors)) == len(task.vectors) == 6
+    assert all(vector in SPACE for vector in task.vectors)
+    assert task.states == {(True, precision == "bf16")}
+    assert not model.training
+    assert [step for step, _, _ in told] == [1, 2, 3, 4, 5, 6]
+    assert told[0][1] == 0
+    assert all(loss == pytest.approx(parts) for _, loss, parts in told)
+
+
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(dataset: CocoInstances, tmp_path: Path) -> None:
+    config = TrainingConfig(num_steps=1, batch_size=1, checkpoint_every_s=0.0)
+    descend(dataset, tmp_path, config)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    del state["model"]["weights"]
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(RuntimeError, match='Missing key.* "weights"'):
+        descend(dataset, tmp_path, config)
+
+
 def test_order_is_shuffled_epochs_and_can_begin_anywhere() -> None:
     whole = list(TrainingOrder(5, seed=3, start=0, stop=20))
     assert whole[7:] == list(TrainingOrder(5, seed=3, start=7, stop=20))
@@ -142,21 +243,54 @@ def test_the_backbone_may_have_a_rate_of_its_own() -> None:
     [
         ({"schedule": "linear"}, "schedule must be one of cosine, polynomial, step, got 'linear'"),
         ({"precision": "fp8"}, "precision must be one of auto, bf16, fp32, got 'fp8'"),
-        ({"batch_size": 0}, "batch_size at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_steps": -1}, "num_steps must be at least 0, got -1"),
+        ({"clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
+        ({"clip_norm": float("nan")}, "clip_norm must be at least 0, got nan"),
+        ({"learning_rate": -1e-4}, "learning_rate must be at least 0, got -0.0001"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"warmup_steps": -5}, "warmup_steps must be at least 0, got -5"),
+        ({"backbone_rate": -1.0}, "backbone_rate must be at least 0, got -1.0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"checkpoint_every_s": -1.0}, "checkpoint_every_s must be at least 0, got -1.0"),
+        ({"milestones": (0.5, 8.0)}, r"milestones are shares of num_steps, in \[0, 1\], got \[0.5, 8.0\]"),
     ],
 )
 def test_bad_training_configuration(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingConfig(num_steps=1, **fields)
+        TrainingConfig(**{"num_steps": 1} | fields)
+
+
+def draws_of(law: str, number: int = 900) -> Counter[SparsityVector]:
+    generator = torch.Generator().manual_seed(0)
+    return Counter(sampling_law(law)(SPACE, generator) for _ in range(number))
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLING_LAWS))
-def test_every_sampling_law_draws_legal_and_varied_vectors(name: str) -> None:
-    space = SparsitySpace((2, 2, 6, 2))
-    generator = torch.Generator().manual_seed(0)
-    draws = {sampling_law(name)(space, generator) for _ in range(300)}
-    assert all(vector in space for vector in draws)
-    assert len(draws) >= len(space.choices)
+def test_every_sampling_law_draws_legal_vectors_by_the_generator(name: str) -> None:
+    draws = draws_of(name)
+    assert draws == draws_of(name)
+    assert all(vector in SPACE for vector in draws)
+
+
+def test_uniform_ratio_draws_every_choice_as_often() -> None:
+    """100 of each are expected, give or take 9."""
+    draws = draws_of("uniform_ratio")
+    assert set(draws) == {SPACE.uniform(choice) for choice in SPACE.choices}
+    assert all(60 < count < 140 for count in draws.values())
+
+
+def test_sandwich_draws_both_ends_for_a_quarter_each() -> None:
+    """225 of each are expected, give or take 13; the others are the paper's, and hardly ever an end."""
+    draws = draws_of("sandwich")
+    assert 175 < draws[SPACE.dense] < 275
+    assert 175 < draws[SPACE.sparsest] < 275
+    assert draws.most_common(3)[2][1] <= 3
+
+
+def test_the_paper_s_law_draws_hardly_anything_twice() -> None:
+    assert set(SAMPLING_LAWS) == {"sorted_genes", "uniform_ratio", "sandwich"}
+    assert len(draws_of("sorted_genes")) > 850
 
 
 def test_unknown_sampling_law_lists_the_known() -> None:
