@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
+import cv2  # comes with nuscenes-devkit
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from sparsevit import SparsityVector, create_backbone
+from sparsevit.data.coco import CocoInstances
 from sparsevit.tasks.instance_segmentation import InstanceSegmentation
 from sparsevit.tasks.mask_rcnn import Conventions, MaskRCNNConfig, PhotoInput, SparseMaskRCNN
 from sparsevit.tasks.mask_rcnn.anchors import StridedAnchors
@@ -17,6 +20,7 @@ from sparsevit.tasks.mask_rcnn.pasting import paste_masks
 from sparsevit.tasks.mask_rcnn.photos import resize_uint8, to_input
 from sparsevit.tasks.mask_rcnn.roi_heads import PyramidPool
 from tests.oracles import mmdet_post_processing as oracle
+from tests.sparsevit_tests.drawn_photos import write_drawn_photos
 
 SMALL = MaskRCNNConfig(
     num_classes=3, image_size=160, fpn_channels=16, box_channels=16, mask_channels=16,
@@ -135,6 +139,16 @@ def fixed_point(
     left, right, before, behind = neighbours(column, image.shape[1], size[1])
     lines = [int(image[y, left]) * before + int(image[y, right]) * behind for y in (top, bottom)]
     return (((above * (lines[0] >> 4)) >> 16) + ((below * (lines[1] >> 4)) >> 16) + 2) >> 2
+
+
+@pytest.mark.parametrize("size", [(240, 360), (400, 267), (640, 427), (800, 1199)])
+def test_a_photo_is_resized_as_opencv_does(size: tuple[int, int], tmp_path: Path) -> None:
+    """To the last bit, smaller and larger, in all three colours."""
+    root = write_drawn_photos(tmp_path / "photos")
+    pixels, _ = CocoInstances(root, "val2017")[0]
+    expected = cv2.resize(pixels.permute(1, 2, 0).numpy(), (size[1], size[0]))
+    found = resize_uint8(pixels.as_subclass(Tensor), size)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
 
 
 def test_anchors_are_exact_and_at_fixed_strides() -> None:
