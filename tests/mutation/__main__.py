@@ -1,0 +1,270 @@
+"""Mutation testing: change a file in many ways, and tell which changes no test notices.
+
+    python -m tests.mutation sparsevit/sparsity.py search/ --sample 100
+
+It works in a copy of the checkout, remembers what it found (a killed mutant stays killed while its file
+is the same; a survivor is tried again when tests change), and continues where it was stopped.
+"""
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+
+from tests.mutation.mutants import Mutant, mutants_of
+from tests.mutation.reach import Reach, measure
+
+OUTCOMES = ("killed", "timed out", "survived", "not reached")
+DETECTED = ("killed", "timed out")
+MEMORY = 12 * 2**30
+"""Address space of a mutant's processes, each."""
+LONGEST = 1800.0
+"""Seconds for a test file without a mutant."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tests.mutation", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="files and folders to mutate")
+    parser.add_argument("--tests", nargs="+", type=Path, help="default: tests/PACKAGE_tests of every file")
+    parser.add_argument("--sample", type=int, help="so many mutants of every file, at random; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; a larger one holds a smaller one")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of tests that a mutant may face")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".mutants"), help="folder of the copy and the report"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    work = arguments.work.resolve()
+    tree = work / "tree"
+    if Path.cwd() != tree:
+        work.mkdir(parents=True, exist_ok=True)
+        copy_checkout(Path.cwd(), tree)
+        environment = {
+            "PYTHONPATH": str(tree),
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # which does not survive a fork
+        }
+        options = [*sys.argv[1:], "--work", str(work)]
+        os.chdir(tree)
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.mutation", *options], os.environ | environment
+        )
+    with FileLock(work / "lock", timeout=0):
+        files = sorted({str(file) for path in arguments.files for file in python_files(path)})
+        folders = arguments.tests or sorted({Path(f"tests/{file.split('/')[0]}_tests") for file in files})
+        reach = reach_of(files, folders, work)
+        preload(reach.libraries)
+        results = run(files, reach, hash_of(folders), arguments, work)
+        report(results, work)
+    return 0
+
+
+def python_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise SystemExit(f"{path}: no such file or folder")
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def copy_checkout(root: Path, tree: Path) -> None:
+    """Make `tree` equal to the checkout, with changes that are not committed, without what git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    names = {name for name in listing.stdout.split("\0") if (root / name).is_file()}
+    for old in [path for path in tree.rglob("*") if path.is_file() and path.suffix != ".pyc"]:
+        if str(old.relative_to(tree)) not in names:
+            old.unlink()
+    for name in names:
+        if not (tree / name).exists() or (tree / name).read_bytes() != (root / name).read_bytes():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, tree / name)
+
+
+def preload(libraries: Iterable[str]) -> None:
+    """Import the libraries that tests use, so that no mutant has to: it is run in a fork."""
+    importlib.import_module("tests.conftest")
+    for name in libraries:
+        with contextlib.suppress(ImportError):  # not all that is in sys.modules can be imported by its name
+            importlib.import_module(name)
+    gc.freeze()  # or every fork walks, and copies, all of them
+
+
+def reach_of(files: Iterable[str], folders: Iterable[Path], work: Path) -> Reach:
+    """Measure the test files whose record is older than they, their helpers or the files."""
+    records = []
+    for test_file in (file for folder in folders for file in python_files(folder) if file.match("test_*.py")):
+        helpers = [file for file in python_files(test_file.parent) if not file.match("test_*.py")]
+        record = work / "reach" / f"{hash_of([test_file, *helpers, *map(Path, files)])}.json"
+        if not record.exists():
+            print(f"measuring {test_file}", flush=True)
+            shutil.rmtree(record.with_suffix(""), ignore_errors=True)
+            record.with_suffix("").mkdir(parents=True)
+            run_in_fork(partial(measure, str(test_file), record), LONGEST, work)
+            if not record.exists():
+                raise SystemExit(f"{test_file} could not be measured; see {work / 'output'}")
+            for test in json.loads(record.read_text())["unfit"]:
+                print(f"  not used, as it fails or is skipped: {test}")
+        records.append(record)
+    return Reach(records)
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted({file for path in paths for file in python_files(path)}):
+        digest.update(f"{file}\0{file.read_text()}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def run_in_fork(function: Callable[[], int], seconds: float, work: Path) -> int | None:
+    """Its exit status; None if it had to be stopped. What it prints is in `work`/output."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        output = os.open(work / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        ended = 1
+        try:
+            ended = function()
+        finally:
+            os._exit(ended)
+    status = None
+    for stop, patience in ((None, seconds), (signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
+        if stop is not None:  # first an interruption, at which a test still ends the processes it started
+            os.kill(pid, stop)
+        if (ended_with := _wait(pid, patience)) is not None:
+            status = ended_with if stop is None else None
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    return status
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    """The exit status of a process that ends within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return None
+
+
+def run_tests(tests: list[str], work: Path) -> int:
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--basetemp", str(work / "tmp")]
+    return int(pytest.main([*options, *tests]))
+
+
+@contextlib.contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    """The change on the disk, where every process finds it."""
+    path = Path(mutant.path)
+    cached = Path(importlib.util.cache_from_source(path))
+    path.write_text(mutant.text)
+    cached.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.write_text(mutant.original)
+        cached.unlink(missing_ok=True)
+
+
+def run(
+    files: Iterable[str], reach: Reach, tests_hash: str, arguments: argparse.Namespace, work: Path
+) -> list[tuple[Mutant, str]]:
+    """The outcome of every mutant, from the journal or from its tests."""
+    journal = work / "results.jsonl"
+    known = {}
+    for line in journal.read_text().splitlines() if journal.exists() else ():
+        entry = json.loads(line)
+        if entry["outcome"] in DETECTED or entry["tests"] == tests_hash:
+            known[entry["mutant"]] = entry["outcome"]
+    results = []
+    for file in files:
+        mutants = mutants_of(file, Path(file).read_text())
+        random.Random(arguments.seed).shuffle(mutants)
+        mutants = mutants[: arguments.sample]
+        unknown = [mutant for mutant in mutants if mutant.key not in known]
+        if unknown:
+            check_clean(unknown, reach, arguments.budget, work)
+        for number, mutant in enumerate(unknown, start=1):
+            outcome = outcome_of(mutant, reach, arguments.budget, work)
+            known[mutant.key] = outcome
+            print(f"{file} {number}/{len(unknown)}: {outcome}", flush=True)
+            with journal.open("a") as lines:
+                entry = {"mutant": mutant.key, "outcome": outcome, "tests": tests_hash}
+                lines.write(json.dumps(entry) + "\n")
+        results += [(mutant, known[mutant.key]) for mutant in mutants]
+    return results
+
+
+def check_clean(mutants: Iterable[Mutant], reach: Reach, budget: float, work: Path) -> None:
+    """The tests must pass without a mutant, in the order in which they will run."""
+    tests = {test: None for mutant in mutants for test in reach.tests(mutant.path, mutant.lines, budget)[0]}
+    if tests and run_in_fork(partial(run_tests, list(tests), work), LONGEST, work) != 0:
+        raise SystemExit(f"the tests fail without a mutant; see {work / 'output'}")
+
+
+def outcome_of(mutant: Mutant, reach: Reach, budget: float, work: Path) -> str:
+    tests, is_reached = reach.tests(mutant.path, mutant.lines, budget)
+    if not tests:
+        return "not reached"
+    seconds = sum(reach.seconds[test] for test in tests)
+    with mutated(mutant):
+        status = run_in_fork(partial(run_tests, tests, work), 30 + 5 * seconds, work)
+    if status is None:
+        return "timed out"
+    return "killed" if status != 0 else "survived" if is_reached else "not reached"
+
+
+def report(results: Iterable[tuple[Mutant, str]], work: Path) -> None:
+    """Print the share of detected mutants by file, and write it and the survivors' changes."""
+    by_file: dict[str, list[tuple[Mutant, str]]] = defaultdict(list)
+    for mutant, outcome in results:
+        by_file[mutant.path].append((mutant, outcome))
+    table = ["| file | mutants | " + " | ".join(OUTCOMES) + " | detected |", "|---" * 7 + "|"]
+    survivors = work / "survivors"
+    shutil.rmtree(survivors, ignore_errors=True)
+    survivors.mkdir()
+    for file, found in by_file.items():
+        counts = Counter(outcome for _, outcome in found)
+        share = sum(counts[outcome] for outcome in DETECTED) / len(found)
+        numbers = [len(found), *(counts[outcome] for outcome in OUTCOMES)]
+        table.append(f"| {file} | {' | '.join(map(str, numbers))} | {share:.1%} |")
+        alive = sorted(
+            (m.lines.start, f"# {outcome}\n{m.diff}\n\n") for m, outcome in found if outcome not in DETECTED
+        )
+        if alive:
+            (survivors / f"{file.replace('/', '-')}.diff").write_text("".join(diff for _, diff in alive))
+    (work / "report.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table), f"\nsurvivors: {survivors}", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Timeout:
+        sys.exit("another run works in this folder; name another one: --work FOLDER")
