@@ -92,12 +92,23 @@ def test_sizes_of_inputs(
     assert photo_input.padded(*resized) == padded
 
 
-def test_the_recipe_pads_to_the_square_that_training_crops_to() -> None:
+@pytest.mark.parametrize("size", [(107, 160), (427, 640), (90, 30)])
+def test_the_recipe_s_backbone_sees_squares_in_evaluation_and_training(size: tuple[int, int]) -> None:
+    """Of the side that training crops have, whatever the photo's; not padded to 32 alone."""
     task = InstanceSegmentation(SMALL)
-    batch = to_input([torch.rand(3, 107, 160)], SMALL.photo_input)
-    assert batch.tensors.shape == (1, 3, 160, 160)
-    assert batch.image_sizes == [(107, 160)]
-    assert task.config.image_size == 160
+    model = task.build_model(create_backbone("swin_nano"))
+    seen: list[tuple[int, ...]] = []
+    task.backbone_of(model).register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    model.eval()([torch.rand(3, *size)] * 2)
+    crop = torch.zeros(3, 107, 160, dtype=torch.uint8)
+    target = {
+        "boxes": torch.tensor([[10.0, 10.0, 90.0, 80.0]]),
+        "labels": torch.tensor([2]),
+        "masks": torch.ones(1, 107, 160, dtype=torch.uint8),
+    }
+    task.losses(model.train(), ([crop], [target]), None)
+    assert seen == [(2, 3, 160, 160), (1, 3, 160, 160)]
+    assert SMALL.photo_input.size_of(107, 160) == (107, 160)
 
 
 def test_padding_is_zero_after_normalisation() -> None:
@@ -124,19 +135,17 @@ def fixed_point(
 ) -> int:
     """A pixel of ``cv2.resize(image, …, interpolation=cv2.INTER_LINEAR)``, as its source computes it."""
 
-    def neighbours(place: int, old: int, new: int) -> tuple[int, int, int, int]:
+    def neighbours(place: int, old: int, new: int, *, is_row: bool) -> tuple[int, int, int, int]:
         at = np.float32((place + 0.5) * (old / new) - 0.5)
         first = int(np.floor(at))
         share = np.float32(at - first)
-        if first < 0:
-            first, share = 0, np.float32(0)
-        if first >= old - 1:
-            first, share = old - 1, np.float32(0)
+        if not is_row and (first < 0 or first >= old - 1):
+            share = np.float32(0)
         weights = (int(np.rint((np.float32(1) - share) * 2048)), int(np.rint(share * 2048)))
-        return first, min(first + 1, old - 1), *weights
+        return min(max(first, 0), old - 1), min(max(first + 1, 0), old - 1), *weights
 
-    top, bottom, above, below = neighbours(row, image.shape[0], size[0])
-    left, right, before, behind = neighbours(column, image.shape[1], size[1])
+    top, bottom, above, below = neighbours(row, image.shape[0], size[0], is_row=True)
+    left, right, before, behind = neighbours(column, image.shape[1], size[1], is_row=False)
     lines = [int(image[y, left]) * before + int(image[y, right]) * behind for y in (top, bottom)]
     return (((above * (lines[0] >> 4)) >> 16) + ((below * (lines[1] >> 4)) >> 16) + 2) >> 2
 
@@ -232,9 +241,12 @@ def test_integer_pasting_is_torchvision_s() -> None:
     assert not torch.allclose(found, paste_masks(masks, boxes, (20, 24), "float"))
 
 
-def test_a_mask_of_no_width_is_nothing() -> None:
+def test_a_mask_of_no_width_covers_the_pixels_beside_it() -> None:
+    """As in mmdet: places relative to no width are infinite, and are taken for the middle of the mask."""
     pasted = paste_masks(torch.ones(1, 1, 28, 28), torch.tensor([[5.0, 5.0, 5.0, 9.0]]), (12, 12), "float")
-    assert pasted.isfinite().all()
+    expected = torch.zeros(1, 1, 12, 12)
+    expected[..., 5:9, 4:6] = 1
+    torch.testing.assert_close(pasted, expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -377,6 +389,10 @@ def test_bad_settings(change: dict[str, object], message: str) -> None:
 
 
 def test_levels_beyond_the_strides_are_not_pooled() -> None:
-    maps = OrderedDict((str(index), torch.zeros(1, 1, 4, 4)) for index in range(5))
+    """However large a region is, the last level with a stride is the one."""
+    maps = OrderedDict((str(level), torch.full((1, 1, 64, 64), float(level))) for level in range(5))
     pool = PyramidPool((4, 8, 16, 32), 2, sampling_ratio=2, aligned=True)
-    assert pool(maps, [torch.tensor([[0.0, 0.0, 9000.0, 9000.0]])], []).shape == (1, 1, 2, 2)
+    sides = (55.0, 57.0, 113.0, 225.0, 449.0, 1800.0)
+    pooled = pool(maps, [torch.tensor([[0.0, 0.0, side, side] for side in sides])], [])
+    assert pooled.shape == (6, 1, 2, 2)
+    assert pooled.amax(dim=(1, 2, 3)).tolist() == pooled.amin(dim=(1, 2, 3)).tolist() == [0, 0, 1, 2, 3, 3]

@@ -45,28 +45,32 @@ def resize_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     It weighs neighbours by coefficients of 11 bits, columns first, and drops 4, 16 and 2 bits on the way.
     """
-    rows, columns = (
-        _neighbours(old, new, image.device) for old, new in zip(image.shape[-2:], size, strict=True)
-    )
-    pixels = image.int()
-    first, second, weight, other = columns
+    pixels, (height, width) = image.int(), image.shape[-2:]
+    first, second, weight, other = _neighbours(width, size[1], image.device, shares_edges=False)
     lines = pixels[..., first] * weight + pixels[..., second] * other
-    first, second, weight, other = rows
+    first, second, weight, other = _neighbours(height, size[0], image.device, shares_edges=True)
     above, below = lines[..., first, :] >> 4, lines[..., second, :] >> 4
     total = ((above * weight[:, None]) >> 16) + ((below * other[:, None]) >> 16)
     return ((total + 2) >> 2).clamp(0, 255).to(torch.uint8)
 
 
-def _neighbours(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For every new place on an axis: its two old neighbours and their weights, which add up to 2048."""
+def _neighbours(
+    old: int, new: int, device: torch.device, *, shares_edges: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For every new place on an axis: its two old neighbours and their weights, which add up to 2048.
+
+    Beyond an edge both are the edge itself: the whole weight is the first's, or both keep theirs
+    (`shares_edges`), which rounds otherwise.
+    """
     place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
     first = place.floor()
     share = place - first
-    is_outside = (first < 0) | (first >= old - 1)
-    share[is_outside] = 0
+    if not shares_edges:
+        share[(first < 0) | (first >= old - 1)] = 0
+    second = (first + 1).clamp(0, old - 1).long()
     first = first.clamp(0, old - 1).long()
     unit = 1 << _COEFFICIENT_BITS
     weight, other = (((part * unit).round()).int() for part in (1 - share, share))
     return tuple(  # type: ignore[return-value]
-        each.to(device) for each in (first, (first + 1).clamp(max=old - 1), weight, other)
+        each.to(device) for each in (first, second, weight, other)
     )
