@@ -117,6 +117,17 @@ def test_augmentation_keeps_image_and_labels_together() -> None:
     assert num_mixed > 10
 
 
+def test_nothing_is_learnt_from_the_padding_of_crops() -> None:
+    """An image of one class, made half as large: so many pixels have it, and all others none."""
+    augment = segmentation_augmentation((32, 64), (0.5, 0.5))
+    image = tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8))
+    _, target = augment(image, {"labels": tv_tensors.Mask(torch.full((40, 80), 3, dtype=torch.uint8))})
+    values, counts = target["labels"].unique(return_counts=True)
+    assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {
+        3: 20 * 40, IGNORED: 32 * 64 - 20 * 40,
+    }  # fmt: skip
+
+
 def test_missing_and_unpaired_files_are_named(tiny_city: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data root .*nowhere is not a folder"):
         CityscapesFrames(tmp_path / "nowhere", "val")

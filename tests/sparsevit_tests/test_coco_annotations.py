@@ -346,14 +346,27 @@ def test_polygons_may_overhang_the_image(tmp_path: Path) -> None:
     assert dataset.coco.anns[3]["area"] == 800
 
 
-def test_crowds_are_known_to_the_evaluation_alone(tmp_path: Path) -> None:
-    """True is 1: such a region is no target, and detections in it are not counted as wrong."""
-    dataset = CocoInstances(write_plain(tmp_path, third(iscrowd=True)), "val")
+@pytest.mark.parametrize("kind", [CocoInstances, CocoBoxes])
+@pytest.mark.parametrize("flag", [1, True, 1.0, "1"])
+def test_crowds_are_known_to_the_evaluation_alone(
+    tmp_path: Path, kind: type[CocoInstances], flag: Any
+) -> None:
+    """Such a region is no target, counts for no class, and detections in it are not counted as wrong."""
+    dataset = kind(write_plain(tmp_path, third(iscrowd=flag)), "val")
     assert dataset.coco.anns[3]["iscrowd"] == 1
-    assert [len(dataset[index][1]["boxes"]) for index in range(4)] == [2, 0, 2, 1]
-    wrong = perfect_results(CocoInstances(write_plain(tmp_path / "other"), "val"))
+    assert dataset.class_counts() == {"square": 3, "other": 2}
+    for transform in (None, instance_augmentation(64, (1.0, 1.0))):
+        dataset.transform = transform
+        for index, number in enumerate((2, 0, 2, 1)):
+            target = dataset[index][1]
+            counted = [len(target[key]) for key in ("boxes", "labels", "masks") if key in target]
+            assert counted == [number] * (3 if kind.needs_masks else 2)
+    with pytest.raises(DataError, match="none of the 1 images in use"):
+        dataset.subset([2]).verify(decode=False)
+    wrong = perfect_results(kind(write_plain(tmp_path / "other"), "val"))
     assert len(wrong) == 6
-    assert average_precision(dataset.coco, wrong, dataset.sample_ids, "segm")[0] == pytest.approx(1.0)
+    measured = "segm" if kind.needs_masks else "bbox"
+    assert average_precision(dataset.coco, wrong, dataset.sample_ids, measured)[0] == pytest.approx(1.0)
 
 
 def test_run_lengths_are_pycocotools() -> None:

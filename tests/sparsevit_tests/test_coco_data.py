@@ -91,23 +91,28 @@ def test_item(tiny_coco: Path) -> None:
 
 
 def test_augmentation_keeps_boxes_and_masks_together(shapes: Path) -> None:
+    """A mask lies in its box, and fills it to the sides where the crop cuts nothing off."""
     dataset = CocoInstances(shapes, "train")
     dataset.transform = instance_augmentation(64, (0.5, 1.5))
     torch.manual_seed(0)
-    num_instances = 0
+    num_whole = num_cut = 0
     for index in range(len(dataset)):
         image, target = dataset[index]
         assert image.shape == (3, 64, 64)
         assert target["masks"].shape[1:] == (64, 64)
         assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
-        for box, mask in zip(target["boxes"], target["masks"].bool(), strict=True):
+        for box, mask in zip(target["boxes"].tolist(), target["masks"].bool(), strict=True):
             rows, columns = torch.where(mask)
-            assert columns.min() >= box[0] - 2
-            assert rows.min() >= box[1] - 2
-            assert columns.max() <= box[2] + 2
-            assert rows.max() <= box[3] + 2
-            num_instances += 1
-    assert num_instances > 20
+            extent = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+            assert min(box) >= 0 and max(box) <= 64
+            assert all(lowest >= side - 2 for lowest, side in zip(extent[:2], box[:2], strict=True))
+            assert all(highest <= side + 2 for highest, side in zip(extent[2:], box[2:], strict=True))
+            if min(box) > 0 and max(box) < 64:
+                assert extent == pytest.approx(box, abs=3)
+                num_whole += 1
+            else:
+                num_cut += 1
+    assert num_whole > 20 and num_cut > 5
 
 
 def test_hold_out_is_disjoint_and_complete(shapes: Path) -> None:

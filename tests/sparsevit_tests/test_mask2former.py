@@ -94,23 +94,45 @@ def test_label_maps_equal_those_of_transformers(
     assert (label_map == expected).float().mean() > 0.9999
 
 
+@pytest.mark.parametrize("size", [(160, 160), (130, 101)], ids=["same", "padded"])
 def test_losses_equal_those_of_transformers(
-    library: tuple[Mask2FormerForUniversalSegmentation, Path],
+    library: tuple[Mask2FormerForUniversalSegmentation, Path], size: tuple[int, int]
 ) -> None:
+    """Padding of the smaller image belongs to no mask, neither that of class 0 nor any other."""
     theirs, folder = library
     ours = SparseMask2Former(create_backbone("swin_nano"), SMALL)
     load(ours, folder)
-    images = [torch.rand(3, 160, 160, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
-    labels = [torch.zeros(160, 160, dtype=torch.uint8) for _ in images]
+    sizes = ((160, 160), size)
+    images = [
+        torch.rand(3, *each, generator=torch.Generator().manual_seed(seed))
+        for seed, each in enumerate(sizes, start=3)
+    ]
+    labels = [torch.zeros(each, dtype=torch.uint8) for each in sizes]
     for each in labels:
         each[:20], each[20:40, :30], each[60:] = 2, 4, IGNORED
     classes = torch.tensor([0, 2, 4])
-    masks = [(each == classes.view(-1, 1, 1)).float() for each in labels]
+    masks = [torch.zeros(3, 160, 160) for _ in labels]
+    for mask, each in zip(masks, labels, strict=True):
+        mask[:, : each.shape[0], : each.shape[1]] = (each == classes.view(-1, 1, 1)).float()
     torch.manual_seed(5)
     losses = ours.train()(images, labels)
     torch.manual_seed(5)
     expected = theirs(ours.to_batch(images)[0], mask_labels=masks, class_labels=[classes, classes]).loss
     torch.testing.assert_close(torch.stack(list(losses.values())).sum(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_are_those_of_transformers() -> None:
+    """Normalised by ImageNet's statistics, then padded with zeros to multiples of 32."""
+    images = [torch.rand(3, 130, 101), torch.rand(3, 97, 150)]
+    processor = Mask2FormerImageProcessor(do_resize=False, do_rescale=False, size_divisor=32)
+    batch, sizes = SparseMask2Former(create_backbone("swin_nano"), SMALL).to_batch(images)
+    assert batch.shape == (2, 3, 160, 160)
+    assert sizes == [(130, 101), (97, 150)]
+    for index, image in enumerate(images):
+        (expected,) = processor(images=image, return_tensors="pt")["pixel_values"]
+        found = batch[index, :, : expected.shape[1], : expected.shape[2]]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert torch.count_nonzero(batch[index]) == torch.count_nonzero(expected)
 
 
 def test_checkpoint_of_another_number_of_classes(
@@ -139,11 +161,16 @@ def test_checkpoint_of_another_width(library: tuple[Mask2FormerForUniversalSegme
 
 
 def test_images_of_any_size_and_a_vector() -> None:
+    torch.manual_seed(0)
     model = SparseMask2Former(create_backbone("swin_nano"), SMALL).eval()
     images = [torch.rand(3, 50, 70), torch.rand(3, 64, 41)]
+    with torch.no_grad():
+        for parameter in model.parameters():  # as they begin, one class is everywhere
+            parameter += 0.2 * torch.randn_like(parameter)
     with torch.inference_mode():
         dense = model(images)
-        sparse = model(images, sparsity=SparsityVector((0.5,) * 6))
+        sparse = model(images, sparsity=SparsityVector((0.8,) * 6))
+    assert not all(map(torch.equal, dense, sparse))
     for maps in (dense, sparse):
         assert [tuple(each.shape) for each in maps] == [(50, 70), (64, 41)]
         assert all(each.dtype == torch.uint8 and int(each.max()) < 5 for each in maps)
@@ -166,10 +193,16 @@ def test_training_step_under_autocast(precision: str) -> None:
     assert without == []
 
 
-def test_a_batch_without_any_label_trains() -> None:
+def test_a_batch_without_any_label_teaches_that_nothing_is_there() -> None:
     model = SparseMask2Former(create_backbone("swin_nano"), SMALL).train()
     losses = model([torch.rand(3, 64, 64)], [torch.full((64, 64), IGNORED, dtype=torch.uint8)])
-    assert all(value.isfinite() for value in losses.values())
+    assert losses["loss_mask"] == losses["loss_dice"] == 0
+    assert losses["loss_cross_entropy"] > 0
+    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    gradient = model.class_predictor.bias.grad
+    assert gradient is not None
+    assert (gradient[:-1] > 0).all() and gradient[-1] < 0
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("vector", [None, SparsityVector((0.5,) * 6)])
