@@ -43,7 +43,9 @@ LONGEST = 1800.0
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.mutation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="files and folders to mutate")
-    parser.add_argument("--tests", nargs="+", type=Path, help="default: tests/PACKAGE_tests of every file")
+    parser.add_argument(
+        "--tests", nargs="+", type=Path, help="files and folders; default: tests/PACKAGE_tests"
+    )
     parser.add_argument("--sample", type=int, help="so many mutants of every file, at random; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample; a larger one holds a smaller one")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of tests that a mutant may face")
@@ -76,7 +78,8 @@ def main() -> int:
         folders = arguments.tests or sorted({Path(f"tests/{file.split('/')[0]}_tests") for file in files})
         reach = reach_of(files, folders, work)
         preload(reach.libraries)
-        results = run(files, reach, hash_of(folders), arguments, work)
+        tests_hash = hash_of(path if path.is_dir() else path.parent for path in folders)
+        results = run(files, reach, tests_hash, arguments, work)
         report(results, work)
     return 0
 

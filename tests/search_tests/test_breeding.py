@@ -1,19 +1,24 @@
 """Who breeds with whom: deterministic tables of tournaments and of each sampler's mix of operators."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from optuna import Study
 from optuna.trial import FrozenTrial
 
-from search.samplers import SamplerConfig
-from search.samplers.base import Parent
+from search.dispatch import Budget, Dispatcher
+from search.encoding import vector_of
+from search.problem import Constraint, SearchProblem
+from search.samplers import SamplerConfig, create_sampler
+from search.samplers.base import GenerationSampler, Parent
 from search.samplers.evolution import EvolutionSampler
 from search.samplers.nsga2 import VectorNSGAIISampler, _winner
 from search.space import Vector
+from search.study import open_study
 from sparsevit.sparsity import SparsitySpace, SparsityVector
-from tests.search_tests.problems import SPACE, problem
+from tests.search_tests.problems import OBJECTIVES, SPACE, accuracy, latency, problem
 from tests.search_tests.scripted import Scripted
 
 LOW, HIGH = SPACE.uniform(0.1), SPACE.uniform(0.7)
@@ -64,7 +69,9 @@ def test_nsga2_breeding_table(
 ) -> None:
     sampler = VectorNSGAIISampler(problem(), SamplerConfig(population_size=4, num_parents=2))
     parents = [Parent(LOW, (0.0, -0.5, 8.0)), Parent(HIGH, (0.0, -0.4, 3.0))]
-    assert tuple(sampler._breed(parents, Scripted(uniforms, integers))) == expected
+    rng = Scripted(uniforms, integers)
+    assert tuple(sampler._breed(parents, rng)) == expected
+    rng.assert_used_up()
 
 
 class EvolutionOf(EvolutionSampler):
@@ -94,10 +101,48 @@ def test_evolution_breeds_mutants_and_crossings_in_turn(
 ) -> None:
     known = {SparsityVector((0.0, 0.0, 0.0, 0.0, ratio)) for ratio in (0.1, 0.2, 0.3)[:num_known]}
     anything: Any = None
-    child = EvolutionOf([LOW, HIGH]).propose(
-        anything, anything, cast("set[Vector]", known), Scripted(uniforms, integers)
-    )
+    rng = Scripted(uniforms, integers)
+    child = EvolutionOf([LOW, HIGH]).propose(anything, anything, cast("set[Vector]", known), rng)
     assert tuple(child) == expected
+    rng.assert_used_up()
+
+
+def test_what_an_evaluation_forbids_does_not_breed(tmp_path: Path) -> None:
+    """The most accurate vectors turn out to draw too much power: the best of the others are the parents."""
+    bound = Constraint("watts", upper=10.0)
+    power = SearchProblem(SPACE, OBJECTIVES, {"latency_ms": latency}, ("ap", "watts"), [bound])
+    sampler = create_sampler(power, SamplerConfig("evolution", population_size=24, num_parents=4))
+    assert isinstance(sampler, GenerationSampler)
+    with open_study(tmp_path / "study.journal", power, sampler) as study:
+        dispatcher = Dispatcher(study, power, Budget(25))
+        while (trial := dispatcher.next_trial()) is not None:
+            vector = dispatcher.vector_of(trial)
+            watts = 20.0 if accuracy(vector) > 0.8 else 5.0
+            dispatcher.tell(trial.number, {"ap": accuracy(vector), "watts": watts})
+        parents = sampler.parents_of(study, study.trials[24])
+        allowed = [trial for trial in study.trials[:24] if trial.user_attrs["watts"] <= 10.0]
+    assert 4 < len(allowed) < 24
+    best = sorted(allowed, key=lambda trial: -trial.values[0])[:4]
+    assert {parent.vector for parent in parents} == {vector_of(trial, SPACE) for trial in best}
+    assert all(parent.costs[0] == 0.0 for parent in parents)
+
+
+def test_where_all_are_forbidden_the_least_forbidden_breed(tmp_path: Path) -> None:
+    bound = Constraint("watts", upper=10.0)
+    power = SearchProblem(SPACE, OBJECTIVES, {"latency_ms": latency}, ("ap", "watts"), [bound])
+    sampler = create_sampler(power, SamplerConfig("evolution", population_size=6, num_parents=2))
+    assert isinstance(sampler, GenerationSampler)
+    with open_study(tmp_path / "study.journal", power, sampler) as study:
+        dispatcher = Dispatcher(study, power, Budget(7))
+        for excess in (0.5, 3.0, 0.1, 2.0, 1.0, 4.0):
+            trial = dispatcher.next_trial()
+            assert trial is not None
+            vector = dispatcher.vector_of(trial)
+            dispatcher.tell(trial.number, {"ap": accuracy(vector), "watts": 10.0 + excess})
+        assert dispatcher.next_trial() is not None
+        parents = sampler.parents_of(study, study.trials[6])
+        assert [parent.vector for parent in parents] == [vector_of(study.trials[i], SPACE) for i in (0, 2)]
+        assert [parent.costs[0] for parent in parents] == pytest.approx([0.5, 0.1])
 
 
 def test_children_that_are_known_or_forbidden_are_bred_again() -> None:

@@ -187,17 +187,18 @@ def test_a_result_without_the_objective_is_a_failure(tmp_path: Path) -> None:
 
 def test_progress_is_what_the_finished_trials_give(tmp_path: Path) -> None:
     seen: list[FrozenTrial] = []
-    sampler = create_sampler(problem(), SamplerConfig(population_size=8, num_parents=2))
-    with open_study(tmp_path / "study", problem(), sampler) as study:
+    the_problem = problem()
+    sampler = create_sampler(the_problem, SamplerConfig(population_size=8, num_parents=2))
+    with open_study(tmp_path / "study", the_problem, sampler) as study:
         dispatcher = Dispatcher(
-            study, problem(), Budget(40), on_trial=lambda trial, progress: seen.append(trial)
+            study, the_problem, Budget(40), on_trial=lambda trial, progress: seen.append(trial)
         )
         run_alone(dispatcher)
         assert [trial.number for trial in seen] == list(range(40))
-        front = front_of(counted_trials(study), problem())
+        front = front_of(counted_trials(study), the_problem)
         assert dispatcher.progress.front == front
         volumes = [
-            front_of(counted_trials(study)[:count], problem()).hypervolume(problem().reference)
+            front_of(counted_trials(study)[:count], the_problem).hypervolume(the_problem.reference)
             for count in range(1, 41)
         ]
         assert dispatcher.progress.hypervolumes == pytest.approx(volumes)

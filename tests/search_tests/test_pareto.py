@@ -1,7 +1,9 @@
 """Fronts and hypervolume in closed form, and the rules that choose from a front."""
 
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,47 @@ def test_hypervolume_in_three_dimensions() -> None:
     front = ParetoFront.of([corner, other], objectives)
     # cubes of 2×2×2 and 3×1×1 that share 2×1×1
     assert front.hypervolume(dict.fromkeys("abc", 3.0)) == pytest.approx(8 + 3 - 2)
+
+
+def in_three_dimensions(points: Sequence[Sequence[int]]) -> list[FrontMember]:
+    return [FrontMember(SPACE.dense, dict(zip("abc", map(float, point), strict=True))) for point in points]
+
+
+THREE = (Objective("a", "minimize"), Objective("b", "maximize"), Objective("c", "minimize"))
+
+
+def is_better(one: FrontMember, other: FrontMember) -> bool:
+    """By the definition: nowhere worse, somewhere better."""
+    pairs = [(one.values[name], other.values[name]) for name in "abc"]
+    gains = [theirs - mine for mine, theirs in pairs]
+    gains[1] *= -1
+    return min(gains) >= 0 and max(gains) > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_hypervolume_is_the_number_of_dominated_unit_cells(seed: int) -> None:
+    """Of a box of unequal sides: a below 5, b above 2 and up to 9, c below 7."""
+    points = np.random.default_rng(seed).integers(0, (7, 10, 9), size=(6, 3)).tolist()
+    cells = itertools.product(range(5), range(2, 9), range(7))
+    dominated = sum(any(a <= i and b >= j + 1 and c <= k for a, b, c in points) for i, j, k in cells)
+    front = ParetoFront.of(in_three_dimensions(points), THREE)
+    assert front.hypervolume({"a": 5.0, "b": 2.0, "c": 7.0}) == pytest.approx(dominated)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_front_is_what_nothing_dominates_however_it_came_about(seed: int) -> None:
+    """Few values, so that many candidates are equal in some objectives or in all."""
+    candidates = in_three_dimensions(np.random.default_rng(seed).integers(0, 4, size=(20, 3)).tolist())
+    front, grown = ParetoFront.of(candidates, THREE), ParetoFront.of([], THREE)
+    for candidate in candidates:
+        grown = grown.with_candidate(candidate)
+    best = [one for one in candidates if not any(is_better(other, one) for other in candidates)]
+    assert {tuple(one.values.values()) for one in front.members} == {
+        tuple(one.values.values()) for one in best
+    }
+    assert [one.values["c"] for one in front.members] == sorted(one.values["c"] for one in front.members)
+    assert len(front.members) == len({tuple(one.values.values()) for one in best})
+    assert grown == front
 
 
 def test_json() -> None:

@@ -1,11 +1,12 @@
 """Operators: legal children, deterministic tables, bounded attempts."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from search.space import validate
+from search.space import split, validate
 from search.variation import (
     SearchExhausted,
     crossover,
@@ -23,6 +24,7 @@ SPACE = SparsitySpace((2, 2, 6, 2))
 def test_random_vector_is_sorted_inside_stages() -> None:
     rng = Scripted([], [[8, 0, 5, 1, 3, 2]])
     assert tuple(random_vector(SPACE, rng)) == (0.8, 0.0, 0.1, 0.3, 0.5, 0.2)
+    rng.assert_used_up()
 
 
 def test_crossover_takes_genes_from_either_parent_then_sorts() -> None:
@@ -61,6 +63,7 @@ def test_mutation_table(uniforms: list[object], integers: list[object], expected
     rng = Scripted(uniforms, integers)
     mutant = mutate(SparsityVector((0.4,) * 6), SPACE, rng, probability=0.1)
     assert tuple(mutant) == expected
+    rng.assert_used_up()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,7 @@ def test_neighbours_at_the_bounds_of_the_choices(value: float, draws: list[objec
     rng = Scripted([[1, 1, 1, 1, 1, 0.0], 0.4], [0, *draws])
     mutant = mutate(SparsityVector((0.4,) * 5 + (value,)), SPACE, rng, probability=0.1)
     assert tuple(mutant) == (0.4,) * 5 + (expected,)
+    rng.assert_used_up()
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,7 @@ def test_the_papers_mutation_goes_to_any_choice(
     rng = Scripted([chances], integers)
     parent = SparsityVector((0.4,) * 6)
     assert tuple(mutate(parent, SPACE, rng, probability=0.1, is_local=False)) == expected
+    rng.assert_used_up()
 
 
 def test_a_gene_with_one_choice_never_changes() -> None:
@@ -103,12 +108,73 @@ def test_a_gene_with_one_choice_never_changes() -> None:
     assert mutate(space.dense, space, rng, probability=1.0) == space.dense
 
 
-def test_children_of_random_parents_are_legal_and_mutants_differ() -> None:
+def test_children_of_random_parents_are_legal() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         first, second = random_vector(SPACE, rng), random_vector(SPACE, rng)
         for child in (crossover(first, second, SPACE, rng), mutate(first, SPACE, rng, probability=0.3)):
             assert validate(child, SPACE) == child
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_mutant_differs_from_its_parent_in_one_gene_at_least(is_local: bool) -> None:
+    """Without a probability in exactly one: another value comes, an old one goes, in the same stage."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        parent = random_vector(SPACE, rng)
+        mutant = mutate(parent, SPACE, rng, probability=0.0, is_local=is_local)
+        stages = zip(split(tuple(parent), (1, 1, 3, 1)), split(tuple(mutant), (1, 1, 3, 1)), strict=True)
+        gone_and_come = [(Counter(old) - Counter(new), Counter(new) - Counter(old)) for old, new in stages]
+        assert [(gone.total(), come.total()) for gone, come in gone_and_come if gone or come] == [(1, 1)]
+
+
+SINGLES = SparsitySpace((2, 2, 2, 2))  # every gene is alone in its stage, so sorting hides nothing
+
+
+def test_a_certain_mutation_changes_every_gene() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        parent = random_vector(SINGLES, rng)
+        mutant = mutate(parent, SINGLES, rng, probability=1.0)
+        assert all(old != new for old, new in zip(parent, mutant, strict=True))
+
+
+def test_genes_change_as_often_as_the_probability_says() -> None:
+    """Of n genes n·p, and one more where chance would change none: (1 − p)ⁿ."""
+    rng = np.random.default_rng(0)
+    parent, num_mutants, p = SINGLES.uniform(0.4), 4000, 0.3
+    mutants = [tuple(mutate(parent, SINGLES, rng, probability=p)) for _ in range(num_mutants)]
+    changed = np.array(mutants) != 0.4
+    assert changed.sum(axis=1).mean() == pytest.approx(4 * p + (1 - p) ** 4, abs=0.06)
+    assert changed.mean(axis=0) == pytest.approx([p + (1 - p) ** 4 / 4] * 4, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_local", "shares"),
+    [
+        # half of the changes go to the neighbours, and half to any of the eight other choices
+        (0.4, True, [1 / 16] * 3 + [1 / 4 + 1 / 16, 0, 1 / 4 + 1 / 16] + [1 / 16] * 3),
+        (0.0, True, [0, 1 / 2 + 1 / 16] + [1 / 16] * 7),
+        (0.8, True, [1 / 16] * 7 + [1 / 2 + 1 / 16, 0]),
+        (0.7, False, [1 / 8] * 7 + [0, 1 / 8]),
+    ],
+)
+def test_where_a_mutated_gene_goes(value: float, is_local: bool, shares: list[float]) -> None:
+    rng = np.random.default_rng(0)
+    one_gene = SparsitySpace((2,))
+    parent = one_gene.uniform(value)
+    went = Counter(mutate(parent, one_gene, rng, probability=0.5, is_local=is_local) for _ in range(4000))
+    found = [went[one_gene.uniform(choice)] / 4000 for choice in one_gene.choices]
+    assert found == pytest.approx(shares, abs=0.03)
+
+
+def test_every_gene_comes_from_either_parent_by_the_toss_of_a_coin() -> None:
+    rng = np.random.default_rng(0)
+    first, second = SINGLES.uniform(0.1), SINGLES.uniform(0.7)
+    children = Counter(tuple(crossover(first, second, SINGLES, rng)) for _ in range(3200))
+    assert set(children) == set(itertools.product((0.1, 0.7), repeat=4))
+    assert min(children.values()) > 150  # of 200 expected
+    assert max(children.values()) < 250
 
 
 def test_first_new_skips_seen_and_forbidden() -> None:
