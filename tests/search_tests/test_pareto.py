@@ -1,4 +1,4 @@
-"""Fronts and hypervolume in closed form, and the rules that choose from a front."""
+"""Fronts and hypervolume in closed form, and problems that make no sense."""
 
 import itertools
 import json
@@ -11,7 +11,6 @@ import pytest
 
 from search import Constraint, FrontMember, Objective, ParetoFront
 from search.problem import SearchProblem
-from search.selection import choose
 from sparsevit.sparsity import SparsitySpace, SparsityVector
 
 ACCURACY, LATENCY = Objective("ap", "maximize"), Objective("ms", "minimize")
@@ -106,34 +105,6 @@ def test_json() -> None:
     content = json.loads(ParetoFront.of([member(0.5, 10, 0.3)], OBJECTIVES).to_json())
     assert content["objectives"][0] == {"name": "ap", "direction": "maximize"}
     assert content["members"] == [{"vector": [0.3], "ap": 0.5, "ms": 10}]
-
-
-FRONT = [member(0.30, 4), member(0.45, 5), member(0.48, 8), member(0.50, 10)]
-
-
-def chosen(rule: str, drop: float = 0.03, budget: float | None = None) -> float:
-    picked = choose(
-        FRONT, rule, accuracy="ap", latency="ms", dense_accuracy=0.5,  # type: ignore[arg-type]
-        max_accuracy_drop=drop, latency_budget_ms=budget,
-    )  # fmt: skip
-    return picked.values["ms"]
-
-
-def test_rules() -> None:
-    assert chosen("accuracy_drop") == 8
-    assert chosen("accuracy_drop", drop=0.05) == 5
-    assert chosen("latency_budget", budget=9.0) == 8
-    assert chosen("knee") == 5
-
-
-def test_rules_that_nothing_satisfies() -> None:
-    with pytest.raises(ValueError, match=r"no front member has ms ≤ 3; the fastest has 4"):
-        chosen("latency_budget", budget=3.0)
-    assert chosen("accuracy_drop", drop=-0.1) == 10
-    with pytest.raises(ValueError, match="needs finetune.latency_budget_ms"):
-        chosen("latency_budget")
-    with pytest.raises(ValueError, match="choose one of latency_budget, accuracy_drop, knee"):
-        chosen("best")
 
 
 def ms(vector: SparsityVector) -> float:
