@@ -60,12 +60,32 @@ def test_pruned_windows_keep_their_tokens_or_none() -> None:
     assert torch.equal(first_map(cleared, cleared.space.dense), first_map(backbone, backbone.space.dense))
 
 
-def test_stochastic_depth_acts_in_training_alone() -> None:
-    backbone, plain = tiny(drop_path_rate=0.9), tiny()
-    assert torch.equal(first_map(backbone), first_map(plain))
-    backbone.train()
+def counting(drop_path_rate: float) -> SparseSwin:
+    """A backbone whose every block adds 1 to every token, and whose stages begin at 0."""
+    backbone = SparseSwin(TINY, drop_path_rate)
+    for name, parameter in backbone.named_parameters():
+        nn.init.constant_(parameter, float(name.endswith("mlp.fc2.bias")))
+    for stage in range(3):
+        backbone.norms[stage] = nn.Identity()
+    return backbone
+
+
+def test_stochastic_depth_grows_linearly_and_keeps_the_mean() -> None:
+    """Block b of 6 goes with probability 0.8 · b / 5, per image; what stays is that much larger."""
     torch.manual_seed(0)
-    assert not torch.equal(backbone(IMAGES)[-1], plain(IMAGES)[-1])
+    backbone, images = counting(0.8), torch.zeros(600, 3, 16, 16)
+    with torch.no_grad():
+        trained = [each.flatten(1)[:, 0] for each in backbone.train()(images)]
+        evaluated = [each.unique().tolist() for each in backbone.eval()(images[:1])]
+    assert evaluated == [[2.0]] * 3
+    rates = [0.8 * block / 5 for block in range(6)]
+    for stage, value in enumerate(trained):
+        first, second = rates[2 * stage : 2 * stage + 2]
+        sums = {(a, b): a / (1 - first) + b / (1 - second) for a in (0, 1) for b in (0, 1) if a or first > 0}
+        shares = {kept: float((value - total).abs().lt(1e-4).float().mean()) for kept, total in sums.items()}
+        expected = {(a, b): abs(a - first) * abs(b - second) for a, b in sums}
+        assert shares == pytest.approx(expected, abs=0.07)  # give or take 0.02
+        assert sum(shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +116,23 @@ def test_frozen_parts_and_no_others_keep_their_weights_and_evaluation_mode(
 
 
 def test_checkpoints_change_memory_and_nothing_else() -> None:
-    gradients = []
+    """Of what is kept for the backward pass less than half stays, weights and all."""
+    gradients, kept = [], []
     for checkpoints in (False, True):
         backbone = tiny(checkpoints=checkpoints).train()
-        loss = sum(feature.square().mean() for feature in backbone(IMAGES, SPARSE))
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = sum(feature.square().mean() for feature in backbone(IMAGES, SPARSE))
         loss.backward()
+        kept.append(sum(saved.values()))
         gradients.append([parameter.grad for parameter in backbone.parameters()])
+    assert kept[1] < kept[0] / 2
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
 

@@ -20,7 +20,7 @@ ONCE = TimingLimits.exactly(1)
 
 def additive(vector: SparsityVector) -> float:
     first, second, third = vector.ratios
-    return 40 - 9 * first**0.8 - 7 * second**1.2 - 6 * third
+    return 40 - 9 * float(first**0.8) - 7 * float(second**1.2) - 6 * third
 
 
 def interacting(vector: SparsityVector) -> float:

@@ -49,4 +49,11 @@ def test_nothing_stays_hooked() -> None:
     backbone = create_backbone("swin_nano").eval()
     with pytest.raises(ValueError, match="images are a batch"), trace_kept_windows(backbone):
         backbone(torch.zeros(3, 64, 64))
-    assert not any(module._forward_pre_hooks for module in backbone.modules())
+    with trace_kept_windows(backbone) as trace:
+        backbone(torch.zeros(1, 3, 64, 64))
+    before = [share.clone() for share in trace.shares]
+    backbone(torch.ones(2, 3, 32, 32), SparsityVector((0.8,) * 6))
+    assert trace.images.shape == (1, 3, 64, 64)
+    assert all(map(torch.equal, trace.shares, before))
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    assert not any(getattr(module, kind) for module in backbone.modules() for kind in kinds)

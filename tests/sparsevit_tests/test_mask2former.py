@@ -166,7 +166,7 @@ def test_images_of_any_size_and_a_vector() -> None:
     images = [torch.rand(3, 50, 70), torch.rand(3, 64, 41)]
     with torch.no_grad():
         for parameter in model.parameters():  # as they begin, one class is everywhere
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
     with torch.inference_mode():
         dense = model(images)
         sparse = model(images, sparsity=SparsityVector((0.8,) * 6))

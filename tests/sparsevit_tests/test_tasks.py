@@ -1,17 +1,22 @@
 """What holds for every task, whatever it sees: the vector reaches the backbone, and mode and memory stay."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from sparsevit import SparsityVector, create_backbone
+from sparsevit.data.coco import CocoInstances
 from sparsevit.data.sample import IGNORED
 from sparsevit.tasks import Task
 from sparsevit.tasks.detection_3d import Detection3D
+from sparsevit.tasks.predictions import predictions_of
 from sparsevit.tasks.protocol import Batch
 from sparsevit.tasks.semantic_segmentation import SemanticSegmentation
+from tests.sparsevit_tests.coco_format import write_plain
 from tests.sparsevit_tests.test_bevdet import SMALL as SMALL_BEVDET
 from tests.sparsevit_tests.test_bevdet import cameras
 from tests.sparsevit_tests.test_checkpoints import small_task
@@ -26,7 +31,7 @@ class Case:
 
     task: Task
     beside: tuple[Any, ...]
-    image: torch.Tensor
+    image: Tensor
     target: dict[str, Any]
 
     @property
@@ -63,6 +68,38 @@ def boxes_3d() -> Case:
     return Case(Detection3D(SMALL_BEVDET), ([beside],), image, target)
 
 
+class Recording(nn.Module):
+    """A model that notes what it is given, and predicts how bright every image is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int, bool, SparsityVector | None]] = []
+
+    def forward(self, images: list[Tensor], *, sparsity: SparsityVector | None) -> list[float]:
+        self.given.append((len(images), self.training, sparsity))
+        assert all(type(image) is Tensor for image in images)
+        return [float(image.mean()) for image in images]
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_every_evaluation_gives_images_and_vector_to_the_model_in_order(
+    tmp_path: Path, is_training: bool
+) -> None:
+    """In evaluation mode, in [0, 1]; afterwards the model is in the mode that it was in."""
+    dataset, model, batches = CocoInstances(write_plain(tmp_path), "val"), Recording(), list[int]()
+    found = predictions_of(
+        model.train(is_training), dataset, VECTOR, batch_size=3, device=torch.device("cpu"),
+        on_batch=batches.append,
+    )  # fmt: skip
+    for index, (target, brightness) in enumerate(found):
+        image, expected = dataset[index]
+        assert target["image_id"] == expected["image_id"]
+        assert brightness == pytest.approx(float(image.float().mean()) / 255)
+    assert model.given == [(3, False, VECTOR), (1, False, VECTOR)]
+    assert batches == [3, 1]
+    assert model.training == is_training
+
+
 @pytest.mark.parametrize("make", [instances, label_maps, boxes_3d])
 @pytest.mark.parametrize("vector", [VECTOR, None])
 def test_the_vector_reaches_the_backbone(make: Any, vector: SparsityVector | None) -> None:
@@ -72,7 +109,7 @@ def test_the_vector_reaches_the_backbone(make: Any, vector: SparsityVector | Non
     backbone = case.task.backbone_of(model)
     given: list[Any] = []
 
-    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.append(kwargs.get("sparsity", args[1] if len(args) > 1 else None))
 
     backbone.register_forward_pre_hook(note, with_kwargs=True)

@@ -164,12 +164,17 @@ def test_adapted_weights_go_home_to_torchvision(tmp_path: Path) -> None:
 
 
 def test_adapted_weights_go_home_to_timm(tmp_path: Path) -> None:
-    source = SparseSwin(SMALL)
+    source = randomize(SparseSwin(SMALL))
+    assert isinstance(source, SparseSwin)
     export_backbone_weights(source, tmp_path / "home.safetensors", "timm")
     model = timm_model(SMALL)
     outcome = model.load_state_dict(load_file(tmp_path / "home.safetensors"), strict=False)
     assert outcome.unexpected_keys == []
     assert outcome.missing_keys == ["head.fc.weight", "head.fc.bias"]
+    images = torch.randn(1, 3, *WHOLE)
+    with torch.inference_mode():
+        last = timm_features(model, images)[-1]
+        assert (source(images)[-1] - last).norm() / last.norm() <= 1e-5
 
 
 def test_adapted_weights_go_home_to_huggingface(tmp_path: Path) -> None:
@@ -238,10 +243,19 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_timm_backbone_of_features_only(tmp_path: Path) -> None:
-    model = timm.create_model("swin_tiny_patch4_window7_224", features_only=True)
+    """Its maps, channels last, are those of our stages before their norms, which it lacks."""
+    model = randomize(timm.create_model("swin_tiny_patch4_window7_224", features_only=True))
     torch.save(model.state_dict(), tmp_path / "features.pth")
-    report = load_backbone_weights(create_backbone("swin_t"), tmp_path / "features.pth")
+    backbone = create_backbone("swin_t").eval()
+    report = load_backbone_weights(backbone, tmp_path / "features.pth")
     assert report.format == "timm"
+    assert report.missing == tuple(f"norms.{s}.{leaf}" for s in range(4) for leaf in ("weight", "bias"))
+    for stage in range(4):
+        backbone.norms[stage] = nn.Identity()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = [each.permute(0, 3, 1, 2) for each in model.eval()(images)]
+    assert_same_features(backbone, expected, images)
 
 
 def mmdet_file(backbone: SparseSwin, path: Path) -> None:
