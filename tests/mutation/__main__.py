@@ -7,35 +7,25 @@ is the same; a survivor is tried again when tests change), and continues where i
 """
 
 import argparse
-import contextlib
-import gc
-import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import random
-import resource
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
 
+from tests.mutation.isolation import copy_checkout, mutated, preload, run_in_fork
 from tests.mutation.mutants import Mutant, mutants_of
-from tests.mutation.reach import Reach, measure
+from tests.mutation.reach import Reach, hash_of, is_current, measure, python_files
 
 OUTCOMES = ("killed", "timed out", "survived", "not reached")
 DETECTED = ("killed", "timed out")
-MEMORY = 12 * 2**30
-"""Address space of a mutant's processes, each."""
 LONGEST = 1800.0
 """Seconds for a test file without a mutant."""
 
@@ -59,9 +49,10 @@ def main() -> int:
     arguments = parse_arguments()
     work = arguments.work.resolve()
     tree = work / "tree"
+    tree.mkdir(parents=True, exist_ok=True)
     if Path.cwd() != tree:
-        work.mkdir(parents=True, exist_ok=True)
-        copy_checkout(Path.cwd(), tree)
+        with FileLock(work / "lock", timeout=0):
+            copy_checkout(Path.cwd(), tree)
         environment = {
             "PYTHONPATH": str(tree),
             "PYTHONDONTWRITEBYTECODE": "",
@@ -75,6 +66,8 @@ def main() -> int:
         )
     with FileLock(work / "lock", timeout=0):
         files = sorted({str(file) for path in arguments.files for file in python_files(path)})
+        if outside := [file for file in files if not Path(file).resolve().is_relative_to(tree)]:
+            raise SystemExit(f"{outside[0]}: name files by their paths from the root of the checkout")
         folders = arguments.tests or sorted({Path(f"tests/{file.split('/')[0]}_tests") for file in files})
         reach = reach_of(files, folders, work)
         preload(reach.libraries)
@@ -84,45 +77,15 @@ def main() -> int:
     return 0
 
 
-def python_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise SystemExit(f"{path}: no such file or folder")
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
-
-
-def copy_checkout(root: Path, tree: Path) -> None:
-    """Make `tree` equal to the checkout, with changes that are not committed, without what git ignores."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
-    names = {name for name in listing.stdout.split("\0") if (root / name).is_file()}
-    for old in [path for path in tree.rglob("*") if path.is_file() and path.suffix != ".pyc"]:
-        if str(old.relative_to(tree)) not in names:
-            old.unlink()
-    for name in names:
-        if not (tree / name).exists() or (tree / name).read_bytes() != (root / name).read_bytes():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, tree / name)
-
-
-def preload(libraries: Iterable[str]) -> None:
-    """Import the libraries that tests use, so that no mutant has to: it is run in a fork."""
-    importlib.import_module("tests.conftest")
-    for name in libraries:
-        with contextlib.suppress(ImportError):  # not all that is in sys.modules can be imported by its name
-            importlib.import_module(name)
-    gc.freeze()  # or every fork walks, and copies, all of them
-
-
-def reach_of(files: Iterable[str], folders: Iterable[Path], work: Path) -> Reach:
-    """Measure the test files whose record is older than they, their helpers or the files."""
+def reach_of(files: Sequence[str], folders: Iterable[Path], work: Path) -> Reach:
+    """Measure the test files that changed, or that reach a file which changed, since they were measured."""
     records = []
     for test_file in (file for folder in folders for file in python_files(folder) if file.match("test_*.py")):
         helpers = [file for file in python_files(test_file.parent) if not file.match("test_*.py")]
-        record = work / "reach" / f"{hash_of([test_file, *helpers, *map(Path, files)])}.json"
-        if not record.exists():
+        record = work / "reach" / f"{hash_of([test_file, *helpers])}.json"
+        if not is_current(record, files):
             print(f"measuring {test_file}", flush=True)
-            shutil.rmtree(record.with_suffix(""), ignore_errors=True)
-            record.with_suffix("").mkdir(parents=True)
+            record.unlink(missing_ok=True)
             run_in_fork(partial(measure, str(test_file), record), LONGEST, work)
             if not record.exists():
                 raise SystemExit(f"{test_file} could not be measured; see {work / 'output'}")
@@ -132,67 +95,9 @@ def reach_of(files: Iterable[str], folders: Iterable[Path], work: Path) -> Reach
     return Reach(records)
 
 
-def hash_of(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted({file for path in paths for file in python_files(path)}):
-        digest.update(f"{file}\0{file.read_text()}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-def run_in_fork(function: Callable[[], int], seconds: float, work: Path) -> int | None:
-    """Its exit status; None if it had to be stopped. What it prints is in `work`/output."""
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        output = os.open(work / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        ended = 1
-        try:
-            ended = function()
-        finally:
-            os._exit(ended)
-    status = None
-    for stop, patience in ((None, seconds), (signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
-        if stop is not None:  # first an interruption, at which a test still ends the processes it started
-            os.kill(pid, stop)
-        if (ended_with := _wait(pid, patience)) is not None:
-            status = ended_with if stop is None else None
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    return status
-
-
-def _wait(pid: int, seconds: float) -> int | None:
-    """The exit status of a process that ends within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    return None
-
-
 def run_tests(tests: list[str], work: Path) -> int:
     options = ["-q", "-x", "-p", "no:cacheprovider", "--basetemp", str(work / "tmp")]
     return int(pytest.main([*options, *tests]))
-
-
-@contextlib.contextmanager
-def mutated(mutant: Mutant) -> Iterator[None]:
-    """The change on the disk, where every process finds it."""
-    path = Path(mutant.path)
-    cached = Path(importlib.util.cache_from_source(path))
-    path.write_text(mutant.text)
-    cached.unlink(missing_ok=True)
-    try:
-        yield
-    finally:
-        path.write_text(mutant.original)
-        cached.unlink(missing_ok=True)
 
 
 def run(

@@ -1,6 +1,8 @@
 """Which tests run which line: measured with coverage.py, once per test file, and kept until it changes."""
 
+import hashlib
 import json
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable
@@ -11,6 +13,19 @@ import coverage
 import pytest
 
 PACKAGES = ("sparsevit", "search", "pipelines")
+
+
+def python_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise SystemExit(f"{path}: no such file or folder")
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted({file for path in paths for file in python_files(path)}):
+        digest.update(f"{file}\0{file.read_text()}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 class Recorder:
@@ -54,6 +69,8 @@ def measure(test_file: str, record: Path) -> int:
     that the tests start.
     """
     folder = record.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     measured = coverage.Coverage(data_file=str(folder / "coverage"), source=list(PACKAGES))
     recorder = Recorder(measured)
     measured.start()
@@ -70,9 +87,20 @@ def measure(test_file: str, record: Path) -> int:
                 of_test[test].append(line)
     seconds = {test: time for test, time in recorder.seconds.items() if test not in recorder.unfit}
     libraries = [name for name in sys.modules if name.split(".")[0] not in (*PACKAGES, "tests", "__main__")]
-    found = {"seconds": seconds, "unfit": sorted(recorder.unfit), "lines": lines, "libraries": libraries}
+    found = {
+        "seconds": seconds, "unfit": sorted(recorder.unfit), "libraries": libraries, "lines": lines,
+        "hashes": {path: hash_of([Path(path)]) for path in lines},
+    }  # fmt: skip
     record.write_text(json.dumps(found))
     return 0
+
+
+def is_current(record: Path, files: Iterable[str]) -> bool:
+    """Whether a record of this test file is there, and the files that it reaches are as they were."""
+    if not record.exists():
+        return False
+    hashes = json.loads(record.read_text())["hashes"]
+    return all(hashes[file] == hash_of([Path(file)]) for file in files if file in hashes)
 
 
 class Reach:

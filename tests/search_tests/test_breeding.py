@@ -18,7 +18,7 @@ from search.samplers.nsga2 import VectorNSGAIISampler, _winner
 from search.space import Vector
 from search.study import open_study
 from sparsevit.sparsity import SparsitySpace, SparsityVector
-from tests.search_tests.problems import OBJECTIVES, SPACE, accuracy, latency, problem
+from tests.search_tests.problems import OBJECTIVES, SPACE, evaluate, latency, problem
 from tests.search_tests.scripted import Scripted
 
 LOW, HIGH = SPACE.uniform(0.1), SPACE.uniform(0.7)
@@ -116,9 +116,8 @@ def test_what_an_evaluation_forbids_does_not_breed(tmp_path: Path) -> None:
     with open_study(tmp_path / "study.journal", power, sampler) as study:
         dispatcher = Dispatcher(study, power, Budget(25))
         while (trial := dispatcher.next_trial()) is not None:
-            vector = dispatcher.vector_of(trial)
-            watts = 20.0 if accuracy(vector) > 0.8 else 5.0
-            dispatcher.tell(trial.number, {"ap": accuracy(vector), "watts": watts})
+            values = evaluate(dispatcher.vector_of(trial))
+            dispatcher.tell(trial.number, {**values, "watts": 20.0 if values["ap"] > 0.8 else 5.0})
         parents = sampler.parents_of(study, study.trials[24])
         allowed = [trial for trial in study.trials[:24] if trial.user_attrs["watts"] <= 10.0]
     assert 4 < len(allowed) < 24
@@ -137,8 +136,8 @@ def test_where_all_are_forbidden_the_least_forbidden_breed(tmp_path: Path) -> No
         for excess in (0.5, 3.0, 0.1, 2.0, 1.0, 4.0):
             trial = dispatcher.next_trial()
             assert trial is not None
-            vector = dispatcher.vector_of(trial)
-            dispatcher.tell(trial.number, {"ap": accuracy(vector), "watts": 10.0 + excess})
+            values = evaluate(dispatcher.vector_of(trial))
+            dispatcher.tell(trial.number, {**values, "watts": 10.0 + excess})
         assert dispatcher.next_trial() is not None
         parents = sampler.parents_of(study, study.trials[6])
         assert [parent.vector for parent in parents] == [vector_of(study.trials[i], SPACE) for i in (0, 2)]
