@@ -40,8 +40,10 @@ def test_overlay_darkens_what_was_left_out() -> None:
         backbone(images, SparsityVector((0.8, 0.0, 0.0, 0.0, 0.0, 0.0)))
     picture = trace.overlay(0)[0].float()
     dense = trace.overlay(1)[0].float()
-    dropped = trace.shares[0][0].repeat_interleave(4, 0).repeat_interleave(4, 1) == 0
-    assert dropped.any()
+    share = trace.shares[0][0].repeat_interleave(4, 0).repeat_interleave(4, 1)
+    dropped = share == 0
+    assert dropped.any() and (share == 1).any()
+    assert torch.equal(picture[:, share == 1], dense[:, share == 1])
     assert picture[:, dropped].sum() / dense[:, dropped].sum() == pytest.approx(DIMMED, abs=0.02)
 
 

@@ -235,6 +235,14 @@ def test_a_design_has_both_ends_and_every_stage_alone() -> None:
         assert all(vector in SPACE for vector in vectors)
 
 
+def test_a_large_design_raises_every_gene_to_every_choice() -> None:
+    """The genes after it in its stage go along, all others are dense."""
+    vectors = {*design_vectors(SPACE, 110, torch.Generator().manual_seed(0))}
+    for choice in SPACE.choices:
+        for raised in ((0,), (1,), (2, 3, 4), (3, 4), (4,), (5,), range(6)):
+            assert SparsityVector(tuple(choice * (gene in raised) for gene in range(6))) in vectors
+
+
 def test_a_refit_learns_what_is_measured_and_keeps_what_is_not() -> None:
     """The device turns out to gain less from the first stage than the table says."""
     before = fitted(noise=0.01)

@@ -149,6 +149,16 @@ def test_a_change_of_any_single_value_in_place_is_noticed(dtype: torch.dtype) ->
         torch.testing.assert_close(linear(x, layer), layer(x), rtol=2e-2, atol=1e-4)
 
 
+def test_weights_without_a_version_counter_are_never_stale() -> None:
+    """Such are those that were made in inference mode."""
+    with torch.inference_mode():
+        layer, x = nn.Linear(24, 40), torch.randn(5, 24)
+        for place in range(0, 960, 7):
+            linear(x, layer)
+            layer.weight.view(-1)[place] = 5.0
+            torch.testing.assert_close(linear(x, layer), layer(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ratio", [0.0, 0.4])
 def test_a_backbone_computes_with_the_weights_it_has_now(dtype: torch.dtype, ratio: float) -> None:

@@ -152,6 +152,8 @@ def test_outliers_are_counted_and_do_not_move_the_median() -> None:
     assert found.num_outliers == 1
     assert found.median_ms == pytest.approx(10, rel=0.01)
     assert found.spread < 0.03
+    steady = Timing((10.0,) * 6, 0.0)
+    assert Timings((found, steady), (1.0,)).outlier_share == pytest.approx(1 / 12)
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:

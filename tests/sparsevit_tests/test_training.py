@@ -183,6 +183,28 @@ def test_every_step_has_a_vector_of_its_own(dataset: CocoInstances, tmp_path: Pa
     assert all(loss == pytest.approx(parts) for _, loss, parts in told)
 
 
+def test_training_draws_from_its_own_seed_alone(dataset: CocoInstances, tmp_path: Path) -> None:
+    """What the process drew before is nothing to it, and it leaves the process's seed as it was."""
+    order: list[list[int]] = []
+
+    class Noting(Slope):
+        def losses(self, model: nn.Module, batch: Any, sparsity: SparsityVector | None) -> dict[str, Tensor]:
+            order[-1] += [int(image.sum()) for image in batch[0]] + [int(torch.randint(10**9, ()))]
+            return super().losses(model, batch, sparsity)
+
+    for seed in (123, 456):
+        order.append([])
+        model = Plane()
+        torch.manual_seed(seed)
+        train(
+            Noting(), model, dataset, TrainingConfig(num_steps=3, batch_size=2), draw_vector=SPACE.draw,
+            seed=7, checkpoint=tmp_path / "c.pt",
+        )  # fmt: skip
+        assert torch.initial_seed() == seed
+    assert order[0] == order[1]
+    assert len(set(order[0])) == 9
+
+
 def test_a_checkpoint_of_another_model_is_not_gone_on_from(dataset: CocoInstances, tmp_path: Path) -> None:
     config = TrainingConfig(num_steps=1, batch_size=1, checkpoint_every_s=0.0)
     descend(dataset, tmp_path, config)
