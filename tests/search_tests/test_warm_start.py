@@ -62,3 +62,20 @@ def test_bad_sources_are_named(tmp_path: Path, content: str | None, message: str
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
         warm_start([str(path)], SWIN_T)
+
+
+def test_published_vectors_are_legal_and_in_order_of_their_latency() -> None:
+    names = ["coco_41ms", "coco_34ms", "coco_33ms"]
+    vectors = warm_start(names, SWIN_T)
+    assert list(PUBLISHED) == names
+    assert [sum(vector) for vector in vectors] == sorted(sum(vector) for vector in vectors)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "[[null]]", '[["a"]]', '{"members": [{"values": []}]}', "3"])
+def test_json_of_another_shape_is_named_with_the_reason(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "vectors.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="neither a list of vectors nor a front") as caught:
+        warm_start([str(path)], SWIN_T)
+    assert str(caught.value).startswith(f"search.warm_start={path}: ")
+    assert repr(caught.value.__cause__) in str(caught.value)
