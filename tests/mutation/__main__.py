@@ -13,7 +13,7 @@ import random
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,9 +95,16 @@ def reach_of(files: Sequence[str], folders: Iterable[Path], work: Path) -> Reach
     return Reach(records)
 
 
-def run_tests(tests: list[str], work: Path) -> int:
+def run_tests(tests: Iterable[str], seconds: Mapping[str, float], work: Path) -> int:
+    """Run file after file, the quickest first, until a test fails: to collect them takes time too."""
+    batches = defaultdict(list)
+    for test in tests:
+        batches[test.split("::")[0]].append(test)
     options = ["-q", "-x", "-p", "no:cacheprovider", "--basetemp", str(work / "tmp")]
-    return int(pytest.main([*options, *tests]))
+    for batch in sorted(batches.values(), key=lambda batch: sum(map(seconds.__getitem__, batch))):
+        if status := pytest.main([*options, *batch]):
+            return int(status)
+    return 0
 
 
 def run(
@@ -132,7 +139,7 @@ def run(
 def check_clean(mutants: Iterable[Mutant], reach: Reach, budget: float, work: Path) -> None:
     """The tests must pass without a mutant, in the order in which they will run."""
     tests = {test: None for mutant in mutants for test in reach.tests(mutant.path, mutant.lines, budget)[0]}
-    if tests and run_in_fork(partial(run_tests, list(tests), work), LONGEST, work) != 0:
+    if tests and run_in_fork(partial(run_tests, tests, reach.seconds, work), LONGEST, work) != 0:
         raise SystemExit(f"the tests fail without a mutant; see {work / 'output'}")
 
 
@@ -142,7 +149,7 @@ def outcome_of(mutant: Mutant, reach: Reach, budget: float, work: Path) -> str:
         return "not reached"
     seconds = sum(reach.seconds[test] for test in tests)
     with mutated(mutant):
-        status = run_in_fork(partial(run_tests, tests, work), 30 + 5 * seconds, work)
+        status = run_in_fork(partial(run_tests, tests, reach.seconds, work), 30 + 5 * seconds, work)
     if status is None:
         return "timed out"
     return "killed" if status != 0 else "survived" if is_reached else "not reached"
