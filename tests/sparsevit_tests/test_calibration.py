@@ -95,13 +95,13 @@ def test_a_table_of_another_device_is_what_the_fit_starts_from(clock: Clock) -> 
     """Of a device that is 2.5 times as fast: few measurements find the factor, the table has the rest."""
     steps = ((12, 5), (10, 7), (6, 3))  # what a gene saves, and from which choice on
     exact = tuple(tuple(-saving * float(place >= at) for place in range(9)) for saving, at in steps)
-    table = replace(calibrated(clock, stepwise, 12, 0), base_ms=40.0, terms_ms=exact)
+    table = replace(calibrated(clock, stepwise, 12, 2), base_ms=40.0, terms_ms=exact)
     assert max(errors(table, stepwise, list(SPACE))) < 1e-9
 
     def slower(vector: SparsityVector) -> float:
         return 2.5 * stepwise(vector)
 
-    with_table, without = (calibrated(clock, slower, 12, 0, prior) for prior in (table, None))
+    with_table, without = (calibrated(clock, slower, 12, 2, prior) for prior in (table, None))
     assert max(errors(with_table, slower, list(SPACE))) < 0.02
     assert max(errors(without, slower, list(SPACE))) > 0.2
 
@@ -118,7 +118,7 @@ def test_every_vector_has_the_latency_that_was_measured_at_it(clock: Clock) -> N
 @pytest.mark.parametrize(("slowdown", "within"), [(1.0, 1.0), (1.02, 1.0), (2.0, 0.0)])
 def test_validation_in_closed_form(clock: Clock, slowdown: float, within: float) -> None:
     """A table that is right, on the device as it is today."""
-    table = replace(calibrated(clock, additive, 120, 0), error_bar=0.05)
+    table = replace(calibrated(clock, additive, 40, 2), error_bar=0.05)
     law = {vector: table.predict(vector) * slowdown for vector in SPACE}
     config = CalibrationConfig(num_held_out=20, limits=ONCE, seed=5)
     scores = validate(table, clock.subject(SHAPE, law.__getitem__), config)
@@ -150,7 +150,7 @@ def test_a_real_backbone() -> None:
 
 
 def test_a_prior_of_another_space_is_refused(clock: Clock) -> None:
-    table = calibrated(clock, additive, 12, 0)
+    table = calibrated(clock, additive, 12, 2)
     space = SparsitySpace(SHAPE.depths, choices=(0.0, 0.5))
     with pytest.raises(ValueError, match=r"the table to start from has depths \[2, 4\] and choices"):
         calibrate(clock.subject(SHAPE, additive), "tiny", space, CalibrationConfig(), prior=table)

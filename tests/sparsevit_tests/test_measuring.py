@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsevit import SparsityVector, create_backbone
+from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone
 from sparsevit.latency import machine, memory, timing
 from sparsevit.latency.calibration import measure
 from sparsevit.latency.energy import EnergyMeter
@@ -281,14 +281,15 @@ def test_what_is_timed_compiled_or_exported_computes_what_the_backbone_does(runt
     if runtime == "onnxruntime":
         pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    backbone, found = create_backbone("swin_nano"), []
+    backbone = SparseSwin(SwinConfig(embed_dim=8, depths=(2,), num_heads=(1,), window_size=4))
+    vector, found = SparsityVector((0.5,)), []
     for each in ("eager", runtime):
         with (
             backbone_subject(backbone, batch_size=1, image_size=(64, 64), runtime=each) as subject,
             torch.inference_mode(),
         ):
             assert subject.runtime == each
-            found.append([torch.as_tensor(feature) for feature in subject.call_of(VECTOR)()])  # type: ignore[attr-defined]
+            found.append([torch.as_tensor(feature) for feature in subject.call_of(vector)()])  # type: ignore[attr-defined]
     for expected, feature in zip(*found, strict=True):
         torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
 
