@@ -75,14 +75,15 @@ def is_better(one: FrontMember, other: FrontMember) -> bool:
     return min(gains) >= 0 and max(gains) > 0
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_hypervolume_is_the_number_of_dominated_unit_cells(seed: int) -> None:
-    """Of a box of unequal sides: a below 5, b above 2 and up to 9, c below 7."""
+    """Of a box of unequal sides: a below 5, b above 2 and up to 9, c below 7; in any order of objectives."""
     points = np.random.default_rng(seed).integers(0, (7, 10, 9), size=(6, 3)).tolist()
     cells = itertools.product(range(5), range(2, 9), range(7))
     dominated = sum(any(a <= i and b >= j + 1 and c <= k for a, b, c in points) for i, j, k in cells)
-    front = ParetoFront.of(in_three_dimensions(points), THREE)
-    assert front.hypervolume({"a": 5.0, "b": 2.0, "c": 7.0}) == pytest.approx(dominated)
+    for objectives in itertools.permutations(THREE):
+        front = ParetoFront.of(in_three_dimensions(points), objectives)
+        assert front.hypervolume({"a": 5.0, "b": 2.0, "c": 7.0}) == pytest.approx(dominated)
 
 
 @pytest.mark.parametrize("seed", range(8))

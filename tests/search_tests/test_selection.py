@@ -59,6 +59,7 @@ def test_rules_hold_at_their_bounds_and_break_ties_by_the_other_quantity() -> No
 def test_a_drop_that_nothing_keeps_to_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     best = member(0.375, 9)
     assert pick([member(0.25, 8), best, member(0.125, 7)], "accuracy_drop", drop=0.0625) is best
+    assert [(record.name, record.levelname) for record in caplog.records] == [("search.selection", "WARNING")]
     assert caplog.messages == [
         "warning: no front member has ap ≥ 0.438 (dense 0.500 less 0.0625); the most accurate, with 0.375, "
         "is taken: raise finetune.max_accuracy_drop or search longer"

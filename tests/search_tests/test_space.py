@@ -43,6 +43,12 @@ def test_own_space_orders_its_groups_alone() -> None:
     assert at_level(OWN, 1.0) == (96, 96, 8)
 
 
+def test_the_sizes_of_the_groups_follow_from_the_order_alone() -> None:
+    assert OWN.group_sizes == (2, 1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'group_sizes'"):
+        GeneSpace({"a": (1, 2)}, group_sizes=(1,))  # type: ignore[call-arg]
+
+
 def test_choices_may_be_an_array() -> None:
     widths: Any = np.array([8, 16])
     space = GeneSpace({"width": widths})
@@ -56,6 +62,8 @@ def test_choices_may_be_an_array() -> None:
         ({}, [], "at least one gene"),
         ({"a": ()}, [], r"choices of gene 'a' must be finite and increasing, got \[\]"),
         ({"a": (2, 1)}, [], r"must be finite and increasing, got \[2, 1\]"),
+        ({"a": (2, 2)}, [], r"must be finite and increasing, got \[2, 2\]"),
+        ({"a": (1, float("inf"))}, [], r"must be finite and increasing, got \[1, inf\]"),
         ({"a": (1, float("nan"), 2)}, [], r"must be finite and increasing, got \[1, nan, 2\]"),
         ({"a": (1, 2)}, ("a",), "ordered is a list of groups of genes, but 'a' is no group"),
         ({"a": (1, 2)}, [("b",)], "names no gene"),

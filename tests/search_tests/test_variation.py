@@ -228,3 +228,18 @@ def test_first_generation_respects_the_constraints() -> None:
     )
     assert vectors
     assert all(sum(vector) >= 4.5 for vector in vectors)
+
+
+def test_the_rest_of_the_first_generation_lies_at_even_levels_of_the_quantity() -> None:
+    """Two ends, eight contrasts, the seven uniform vectors between the ends; then eight levels of the sum.
+
+    Few random vectors lie near the ends, so the nearest may be half a level away.
+    """
+    vectors = first_generation(
+        sum, SINGLES, lambda v: True, np.random.default_rng(0), num_vectors=25, num_candidates=2000
+    )
+    assert vectors[:2] == [SINGLES.dense, SINGLES.sparsest]
+    assert all(set(vector) == {0.0, 0.7} for vector in vectors[2:10])
+    assert vectors[10:17] == [SINGLES.uniform(ratio) for ratio in SINGLES.choices[1:-1]]
+    levels = [3.2 * (level + 0.5) / 8 for level in range(8)]
+    assert [sum(vector) for vector in vectors[17:]] == pytest.approx(levels, abs=0.25)
