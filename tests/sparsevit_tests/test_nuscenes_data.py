@@ -64,7 +64,8 @@ def tilted(drives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def tilt(rotation: list[float]) -> list[float]:
         axis = [float(value) for value in rng.normal(size=3)]
-        return (Quaternion(rotation) * Quaternion(axis=axis, degrees=float(rng.uniform(1, 4)))).q.tolist()
+        tilted = Quaternion(rotation) * Quaternion(axis=axis, degrees=float(rng.uniform(1, 4)))
+        return [float(value) for value in tilted.q]
 
     for record in (*tables["ego_pose"], *tables["calibrated_sensor"]):
         record["rotation"] = tilt(record["rotation"])
