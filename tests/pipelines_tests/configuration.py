@@ -76,14 +76,15 @@ def tiny_run(folder: Path, *overrides: str, experiment: str = "coco") -> list[st
     ]
 
 
+def arguments(folder: Path, *overrides: str, experiment: str = "coco") -> list[str]:
+    """What ``pipelines/run.py`` is called with for a tiny run in `folder`."""
+    return [f"+experiment={experiment}", *tiny_run(folder, *overrides, experiment=experiment)]
+
+
 def command(folder: Path, *overrides: str, experiment: str = "coco") -> list[str]:
     """The command line of a tiny run in `folder`."""
-    return [
-        sys.executable,
-        str(ROOT / "pipelines" / "run.py"),
-        f"+experiment={experiment}",
-        *tiny_run(folder, *overrides, experiment=experiment),
-    ]
+    run = str(ROOT / "pipelines" / "run.py")
+    return [sys.executable, run, *arguments(folder, *overrides, experiment=experiment)]
 
 
 def telling_run(folder: Path, *overrides: str) -> list[str]:

@@ -1,13 +1,12 @@
 """Bad input: exit status 2 and a message that names it, before long work starts."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines.workflow import run_pipeline
-from tests.pipelines_tests.configuration import ROOT, composed, tiny_run
+from tests.pipelines_tests.command_line import run_command
+from tests.pipelines_tests.configuration import composed, tiny_run
 
 
 def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: Path) -> None:
@@ -47,8 +46,7 @@ def test_where_a_search_cannot_run_or_write_it_fails_before_training(
     ],
 )  # fmt: skip
 def test_bad_input_is_exit_status_2_and_a_message(tmp_path: Path, overrides: list[str], message: str) -> None:
-    arguments = [sys.executable, str(ROOT / "pipelines" / "run.py"), *overrides]
-    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = run_command(overrides, tmp_path)
     assert result.returncode == 2, result.stderr[-2000:]
     assert message in result.stderr
     assert "Traceback" not in result.stderr

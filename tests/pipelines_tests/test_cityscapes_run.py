@@ -1,7 +1,6 @@
 """The whole way for Cityscapes on a dozen small frames, by the same stages as every experiment."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -15,16 +14,15 @@ from pipelines.workflow import STAGES, run_pipeline
 from sparsevit import load_exported
 from sparsevit.backbone import BACKBONES
 from sparsevit.data.streets import StreetsConfig, write_streets
-from tests.pipelines_tests.configuration import command, composed, tiny_run
+from tests.pipelines_tests.command_line import run_command
+from tests.pipelines_tests.configuration import arguments, composed, tiny_run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, by the command line."""
     folder = tmp_path_factory.mktemp("cityscapes")
-    result = subprocess.run(
-        command(folder, experiment="cityscapes"), cwd=folder, capture_output=True, text=True, check=False
-    )
+    result = run_command(arguments(folder, experiment="cityscapes"), folder)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stdout.txt").write_text(result.stdout)
     return folder
@@ -96,9 +94,7 @@ def test_bad_data_that_a_loading_process_finds_is_a_message(tmp_path: Path) -> N
     for path in (tmp_path / "mine" / "gtFine" / "train").rglob("*.png"):
         Image.new("L", (128, 64), 200).save(path)
     overrides = ("data.verify=none", "train.num_workers=1", "until=train", "tracking=none")
-    result = subprocess.run(
-        command(tmp_path, f"data.root={tmp_path / 'mine'}", *overrides, experiment="cityscapes"),
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    mine = f"data.root={tmp_path / 'mine'}"
+    result = run_command(arguments(tmp_path, mine, *overrides, experiment="cityscapes"), tmp_path)
     assert result.returncode == 2, result.stderr[-2000:]
     assert "has the label ids [200]" in result.stderr

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 from pipelines.stages.search import STUDY_FILE
 from pipelines.workflow import STAGES
 from search.study import counted_trials, read_study
-from tests.pipelines_tests.configuration import MACS_FOR_LATENCY, command
+from tests.pipelines_tests.command_line import Command, run_command
+from tests.pipelines_tests.configuration import MACS_FOR_LATENCY, arguments
 from tests.ray_cluster import wait_until
 
 
@@ -20,22 +20,21 @@ def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) ->
     A signal that can be handled, as a cluster sends it, comes before them.
     """
     for stage, kill in [("train", signal.SIGTERM), *((stage.name, signal.SIGKILL) for stage in STAGES)]:
-        with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen(command(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
-            deadline = time.monotonic() + 120
-            while not list((tmp_path / "out").glob(f"coco/stages/{stage}-*")):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(1.0 if stage != "search" else 8.0)
-            if process.poll() is None:
-                os.kill(process.pid, kill)
-            process.wait()
+        process = Command(arguments(tmp_path), tmp_path, tmp_path / "log", tmp_path / "log", os.environ)
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob(f"coco/stages/{stage}-*")):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(1.0 if stage != "search" else 8.0)
+        if process.poll() is None:
+            os.kill(process.pid, kill)
+        status = process.wait()
         if kill == signal.SIGTERM:
-            assert process.returncode == 130
+            assert status == 130
             last_line = (tmp_path / "log").read_text().splitlines()[-1]
             assert last_line == "error: interrupted; what is finished is kept, and the same command goes on"
-    result = subprocess.run(command(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = run_command(arguments(tmp_path), tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {path.parent.name.split("-")[0] for path in (tmp_path / "out").glob("coco/stages/*/result.json")}
     assert found == {stage.name for stage in STAGES}
@@ -48,21 +47,20 @@ def test_killed_while_the_front_is_measured_the_search_goes_on(tmp_path: Path) -
     """kill -9 in a pause for measuring: no trial is lost or done twice, and no member stays unmeasured."""
     overrides = ["until=search", "tracking=none", "search.num_evaluations=12", "search.measure_every=6"]
     overrides += [MACS_FOR_LATENCY, "latency.min_rounds=40", "latency.max_rounds=40"]
-    search, log = command(tmp_path, *overrides), tmp_path / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(search, cwd=tmp_path, stdout=output, stderr=output)
+    search, log = arguments(tmp_path, *overrides), tmp_path / "log"
+    process = Command(search, tmp_path, log, log, os.environ)
 
-        def is_measuring() -> bool:
-            assert process.poll() is None, log.read_text()[-3000:]
-            return "search: measure" in log.read_text()
+    def is_measuring() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        return "search: measure" in log.read_text()
 
-        wait_until(is_measuring, 240, "measuring", every=0.01)
-        process.kill()
-        process.wait()
+    wait_until(is_measuring, 240, "measuring", every=0.01)
+    process.kill()
+    process.wait()
     (folder,) = (tmp_path / "out" / "coco" / "stages").glob("search-*")
     before = counted_trials(read_study(folder / STUDY_FILE))
     assert len(before) == 6
-    result = subprocess.run(search, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = run_command(search, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     after = counted_trials(read_study(folder / STUDY_FILE))
     assert len(after) == 12

@@ -1,6 +1,5 @@
 """The whole way for nuScenes on a few drawn drives, by the same stages as every experiment."""
 
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -13,16 +12,15 @@ from sparsevit import load_exported
 from sparsevit.data.camera_views import camera_inputs
 from sparsevit.data.nuscenes import CLASSES, NuScenesSamples
 from sparsevit.tasks.lift_splat import Cameras
-from tests.pipelines_tests.configuration import command
+from tests.pipelines_tests.command_line import run_command
+from tests.pipelines_tests.configuration import arguments
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, by the command line."""
     folder = tmp_path_factory.mktemp("nuscenes")
-    result = subprocess.run(
-        command(folder, experiment="nuscenes"), cwd=folder, capture_output=True, text=True, check=False
-    )
+    result = run_command(arguments(folder, experiment="nuscenes"), folder)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stdout.txt").write_text(result.stdout)
     return folder

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +14,7 @@ from search.study import counted_trials, read_study
 from sparsevit import load_exported
 from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.tasks import create_task
+from tests.pipelines_tests.command_line import run_command
 from tests.pipelines_tests.configuration import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def own_detector(tmp_path: Path) -> list[str]:
-    """The command of a run with the page's detector, on data of the user's own."""
+    """Arguments of a run with the page's detector, on data of the user's own."""
     page = (ROOT / "docs" / "own-detector.md").read_text()
     (program,), (experiment,) = (
         re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL) for language in ("python", "yaml")
@@ -40,15 +40,13 @@ def own_detector(tmp_path: Path) -> list[str]:
         path.write_text(json.dumps(dataset))
     overrides = [each for each in tiny_run(tmp_path) if not each.startswith(("data.generated", "task."))]
     return [
-        sys.executable, str(ROOT / "pipelines" / "run.py"), "--config-dir", str(tmp_path / "my_conf"),
-        "+experiment=fruit", *overrides, f"data.root={data}", "data.num_search=4",
-        "task.options.image_size=64",
+        "--config-dir", str(tmp_path / "my_conf"), "+experiment=fruit", *overrides, f"data.root={data}",
+        "data.num_search=4", "task.options.image_size=64",
     ]  # fmt: skip
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return run_command(arguments, folder, environment={**os.environ, "PYTHONPATH": str(folder)})
 
 
 def test_the_page_runs_as_it_stands(

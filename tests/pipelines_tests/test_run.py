@@ -21,12 +21,13 @@ from sparsevit import create_backbone, load_backbone_weights, load_exported
 from sparsevit.checkpoints import read_weights
 from sparsevit.checkpoints.__main__ import main as write_weights
 from sparsevit.latency import LatencyPredictor
-from tests.pipelines_tests.configuration import command, composed, tiny_run
+from tests.pipelines_tests.command_line import run_command
+from tests.pipelines_tests.configuration import arguments, command, composed, tiny_run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, by the command line."""
+    """A finished run, by the command line as a user starts it."""
     folder = tmp_path_factory.mktemp("run")
     result = subprocess.run(command(folder), cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -126,9 +127,7 @@ def test_a_table_of_another_device_takes_the_place_of_calibration(finished: Path
     board = LatencyPredictor.load(measured)
     replace(board, setting=replace(board.setting, device="a board"), base_ms=2 * board.base_ms).save(table)
     overrides = ("latency=table", f"latency.path={table}", "tracking=none")
-    result = subprocess.run(
-        command(finished, *overrides), cwd=finished, capture_output=True, text=True, check=False
-    )
+    result = run_command(arguments(finished, *overrides), finished)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "the latency table is of a board; the report measures here, on " in result.stdout + result.stderr
     assert "train: skipped" in result.stdout and "adapt: skipped" in result.stdout
@@ -141,9 +140,8 @@ def test_a_table_of_another_device_takes_the_place_of_calibration(finished: Path
 
 def test_sweep_shares_the_stages_it_has_in_common(finished: Path) -> None:
     before = stage_folders(finished)
-    sweep = command(finished, "sampler=nsga2,random", "search.seed=7", "until=search", "tracking=none")
-    sweep.insert(2, "-m")
-    result = subprocess.run(sweep, cwd=finished, capture_output=True, text=True, check=False)
+    sweep = arguments(finished, "sampler=nsga2,random", "search.seed=7", "until=search", "tracking=none")
+    result = run_command(["-m", *sweep], finished)
     assert result.returncode == 0, result.stderr[-3000:]
     added = sorted(folder.split("-")[0] for folder in stage_folders(finished) - before)
     assert added == ["search", "search"]
@@ -156,10 +154,8 @@ def stage_folders(folder: Path) -> set[str]:
 
 def test_dry_run_says_what_would_happen_and_does_nothing(finished: Path) -> None:
     before = sorted(path.name for path in (finished / "out").rglob("*"))
-    result = subprocess.run(
-        command(finished, "search.dry_run=true", "sampler=random", "search.warm_start=[coco_34ms]"),
-        cwd=finished, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    overrides = ("search.dry_run=true", "sampler=random", "search.warm_start=[coco_34ms]")
+    result = run_command(arguments(finished, *overrides), finished)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (
         "stages:       train (finished), adapt (finished), calibrate (finished), search (to do)"
@@ -223,9 +219,7 @@ def test_too_many_failures_stop_the_run_with_what_was_found(finished: Path) -> N
         "search.seed=70",
         "tracking=none",
     )
-    result = subprocess.run(
-        command(finished, *overrides), cwd=finished, capture_output=True, text=True, check=False
-    )
+    result = run_command(arguments(finished, *overrides), finished)
     assert result.returncode == 1
     assert (
         "the search stopped: 1 trials failed for good (max_failures=1): no result within 0.001 s"

@@ -1,0 +1,16 @@
+"""What runs in tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from search.engine import EngineConfig, start_ray
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[None]:
+    """A Ray on this machine that the searches of a module run on, which else start one each."""
+    start_ray(EngineConfig(num_workers=2))
+    yield
+    ray.shutdown()
