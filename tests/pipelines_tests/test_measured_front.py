@@ -49,17 +49,16 @@ def test_a_table_that_is_off_is_refitted_while_the_search_runs(
     assert "the latency table is refitted" in caplog.text
     after = LatencyPredictor.load(folder / PREDICTOR_FILE)
     assert after.terms_ms != off.terms_ms
-    measured = {each.vector for each in after.measurements}
+    measured = {each.vector: each for each in after.measurements}
     sparsest = after.space.sparsest
     truth = next(each for each in reversed(after.measurements) if each.vector == sparsest).latency_ms
     assert abs(after.predict(sparsest) - truth) < abs(off.predict(sparsest) - truth)
     members = json.loads((folder / "front.json").read_text())["members"]
     assert members
     for member in members:
-        assert member["measured_ms"] > 0
-        assert member["measured_half_width"] >= 0
         vector = after.space.canonicalize(member["vector"])
-        assert vector in measured
+        assert member["measured_ms"] == pytest.approx(measured[vector].latency_ms)
+        assert member["measured_half_width"] == pytest.approx(measured[vector].half_width)
         assert member["latency_ms"] == pytest.approx(after.predict(vector))
     (history,) = read_runs([folder])
     assert {trial.vector for trial in history.front.members} == {tuple(each["vector"]) for each in members}

@@ -4,6 +4,8 @@ The task's score is a closed form of all of these (`telling`), and the latency t
 a hundred times as long as any machine that this runs on: so what is predicted and what is measured are apart.
 """
 
+import base64
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow.entities import Run as MlflowRun
@@ -233,6 +236,71 @@ def test_the_export_is_the_finetuned_subnet_with_its_own_figures(run: Told) -> N
     dense = model.config["dense"]
     assert dense["measured ms"] == pytest.approx(run.table["measured ms"][0])
     assert dense["score"] == pytest.approx(told("report", "train", DENSE))
+
+
+def numbers_of(values: Any) -> list[float]:
+    """What plotly writes of an array: a list, or its bytes."""
+    if isinstance(values, list):
+        return [float(value) for value in values]
+    return [float(value) for value in np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])]
+
+
+def test_the_plots_show_what_their_legends_say(run: Told) -> None:
+    page = (run.results["report"].folder / "report.html").read_text()
+    begin = page.index("[", page.index("Plotly.newPlot(", page.index("<h1>Pareto front</h1>")))
+    traces, _ = json.JSONDecoder().raw_decode(page[begin:])
+    shown = {
+        trace["name"]: (trace.get("text"), numbers_of(trace["x"]), numbers_of(trace["y"])) for trace in traces
+    }
+    table = run.table
+    members = table[1:].sort_values("measured ms")
+    chosen = table[table["chosen"] == "*"]
+    on_front = {tuple(each["vector"]) for each in run.json("report", "front.json")["members"]}
+    front = members[[numbers(text) in on_front for text in members["vector"]]]
+    for name, rows, x, y in (
+        ("dense", table[:1], "measured ms", "score before"),
+        ("members of the search", members, "measured ms", "score before"),
+        ("measured front", front, "measured ms", "score before"),
+        ("finetuned", chosen, "measured ms", "score after"),
+        ("latency", table, "predicted ms", "measured ms"),
+    ):
+        texts, xs, ys = shown[name]
+        assert list(texts) == list(rows["vector"]), name
+        assert xs == pytest.approx(list(rows[x])), name
+        assert ys == pytest.approx(list(rows[y])), name
+    assert shown["hypervolume"][1] == list(range(1, 25))
+    assert shown["hypervolume"][2] == pytest.approx(hypervolumes(run))
+    for text in (
+        "a board, 4 threads",
+        "the backbone, eager, batch 4, 64×64, fp32",
+        "6 images of 'report', fp32",
+    ):
+        assert text in html.unescape(page)
+
+
+def hypervolumes(run: Told) -> list[float]:
+    """Of the trials so far: the area of the steps below them, to a corner at 1.1 times the dense latency."""
+    trials = counted_trials(read_study(run.results["search"].folder / "study.journal"))
+    found = []
+    for count in range(1, len(trials) + 1):
+        area, best = 0.0, 0.0
+        for score, ms in sorted((trial.values for trial in trials[:count]), key=lambda point: -point[0]):
+            width = 1.1 * DENSE_MS - ms
+            if width > best:  # the best score that reaches so far
+                area += (width - best) * score
+                best = width
+        found.append(area)
+    return found
+
+
+def test_a_report_of_fewer_members_keeps_the_ends_and_the_chosen_one(run: Told, overrides: list[str]) -> None:
+    members = [tuple(each["vector"]) for each in run.json("search", "front.json")["members"]]
+    for limit in (3, 4):
+        few = run_pipeline(composed(*overrides, f"report.max_members={limit}", "tracking=none"))
+        table = pd.read_csv(few["report"].folder / "pareto.csv")
+        kept = {numbers(text) for text in table["vector"][1:]}
+        assert {members[0], members[-1], run.chosen} <= kept <= set(members)
+        assert len(kept) <= limit < len(members)
 
 
 def mlflow_runs(run: Told) -> dict[str, MlflowRun]:
