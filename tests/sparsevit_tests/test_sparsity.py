@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsevit import SparsitySpace, SparsityVector
-from sparsevit.sparsity import count_kept_windows
+from sparsevit.sparsity import DEFAULT_CHOICES, check_fits, count_kept_windows
 
 SWIN_T = SparsitySpace((2, 2, 6, 2))
 
@@ -91,8 +91,68 @@ def test_unknown_choice_names_the_gene() -> None:
         SWIN_T.validate(SparsityVector((0.25, 0, 0, 0, 0, 0)))
 
 
-def test_bad_spaces() -> None:
-    with pytest.raises(ValueError, match="choices must be increasing"):
-        SparsitySpace((2,), choices=(0.0, 0.0))
-    with pytest.raises(ValueError, match="depths must be positive"):
-        SparsitySpace(())
+@pytest.mark.parametrize(
+    ("depths", "choices", "message"),
+    [
+        ((2,), (0.0, 0.0), r"choices must be increasing and not empty, got \[0.0, 0.0\]"),
+        ((2,), (0.5, 0.2), r"choices must be increasing and not empty, got \[0.5, 0.2\]"),
+        ((2,), (), r"choices must be increasing and not empty, got \[\]"),
+        ((2,), (0.0, 1.0), r"ratios lie in \[0, 1\), but ratio 1 of \[0.0, 1.0\] is 1.0"),
+        ((), (0.0,), r"depths must be positive, got \[\]"),
+        ((2, 0), (0.0,), r"depths must be positive, got \[2, 0\]"),
+    ],
+)
+def test_bad_spaces(depths: tuple[int, ...], choices: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparsitySpace(depths, choices)
+
+
+def test_a_vector_is_a_sequence_of_ratios_that_reads_well() -> None:
+    vector = SparsityVector((0, 0.25, 0.8))
+    assert str(vector) == "[0 0.25 0.8]"
+    assert (len(vector), list(vector)) == (3, [0.0, 0.25, 0.8])
+    assert not vector.is_dense
+    assert SparsityVector((0.0, 0)).is_dense
+
+
+def test_spaces_of_the_same_numbers_are_the_same() -> None:
+    """Whatever sequences they came in, as from a file."""
+    listed = SparsitySpace([2, 4], [0, 0.5])  # type: ignore[arg-type]
+    assert listed == SparsitySpace((2, 4), (0.0, 0.5))
+    assert hash(listed) == hash(SparsitySpace((2, 4), (0.0, 0.5)))
+
+
+def test_an_odd_last_block_is_a_pair_of_its_own() -> None:
+    space = SparsitySpace((3, 1, 4), (0.1, 0.5))
+    assert space.group_sizes == (2, 1, 2)
+    assert space.gene_names == (
+        "stage1.pair1", "stage1.pair2", "stage2.pair1", "stage3.pair1", "stage3.pair2",
+    )  # fmt: skip
+    assert space.gene_choices == ((0.1, 0.5),) * 5
+    assert space.split((1, 2, 3, 4, 5)) == [(1, 2), (3,), (4, 5)]
+    assert space.size == 3 * 2 * 3
+    check_fits(SparsityVector((0.1, 0.5, 0.0, 0.3, 0.3)), (3, 1, 4))  # any ratio, not the choices alone
+    with pytest.raises(ValueError, match=r"stage 3 of \[0 0 0 0.5 0.2\] has \[0.5, 0.2\]"):
+        check_fits(SparsityVector((0, 0, 0, 0.5, 0.2)), (3, 1, 4))
+
+
+def test_uniform_vectors_and_the_ends_of_a_space() -> None:
+    space = SparsitySpace((2, 4), (0.1, 0.3, 0.5))
+    assert space.uniform(0.3).ratios == (0.3, 0.3, 0.3)
+    assert space.dense.ratios == (0.1, 0.1, 0.1)
+    assert space.sparsest.ratios == (0.5, 0.5, 0.5)
+    assert space.uniform(0.2) not in space
+    assert SparsityVector((0.1, 0.1)) not in space
+
+
+def test_vectors_come_in_lexicographic_order() -> None:
+    vectors = [vector.ratios for vector in SparsitySpace((4, 2), (0.0, 0.2, 0.7))]
+    assert vectors == sorted(vectors)
+
+
+@pytest.mark.parametrize("choices", [(0.0, 0.1, 0.4, 0.8), (0.3,), DEFAULT_CHOICES])
+def test_the_nearest_choice_is_at_the_smallest_distance(choices: tuple[float, ...]) -> None:
+    space = SparsitySpace((2,), choices)
+    for percent in range(-20, 121):
+        distances = {abs(choice - percent / 100): choice for choice in reversed(choices)}  # of two the lower
+        assert space.nearest(percent / 100) == distances[min(distances)]
