@@ -144,8 +144,8 @@ class SearchProblem:
         )
 
     def reachable(self, quantity: str) -> tuple[float, float]:
-        """The smallest and largest value of a cheap quantity, from the ends of the space and a sample."""
-        values = [self._quantity(quantity, vector) for vector in self._probes()]
+        """The smallest and largest value of a cheap quantity: of a small space exactly, else of a sample."""
+        values = [self._quantity(quantity, vector) for vector in self._probes]
         return min(values), max(values)
 
     @cached_property
@@ -167,18 +167,19 @@ class SearchProblem:
         Raises:
             ValueError: naming the quantity and its value, or the constraint and the reachable range.
         """
-        for vector in self._probes():
+        for vector in self._probes:
             self.measure(vector)
         for constraint in self._cheap:
             low, high = self.reachable(constraint.name)
             if low > constraint.upper or high < constraint.lower:
                 raise ValueError(f"no vector has {constraint}: reachable is {low:.4g} to {high:.4g}")
         rng = np.random.default_rng(1)
-        draws = (uniform_vector(self.space, rng) for _ in range(NUM_DRAWS))
-        if not any(map(self.admits, itertools.chain(self._probes(), draws))):
+        num_draws = NUM_DRAWS if self.space.size > NUM_PROBES else 0
+        draws = (uniform_vector(self.space, rng) for _ in range(num_draws))
+        if not any(map(self.admits, itertools.chain(self._probes, draws))):
             raise ValueError(
-                f"none of {NUM_DRAWS:,} vectors meets {self.described_constraints} at once: widen the "
-                "constraints"
+                f"none of {len(self._probes) + num_draws:,} vectors meets {self.described_constraints} at "
+                "once: widen the constraints"
             )
 
     @property
@@ -211,7 +212,11 @@ class SearchProblem:
             raise ValueError(f"the quantity {name!r} of {list(vector)} is {value!r}, not a finite number")
         return number
 
+    @cached_property
     def _probes(self) -> list[Vector]:
+        """Every vector of a small space; the ends and a sample of a large one."""
+        if self.space.size <= NUM_PROBES:
+            return list(self.space)
         rng = np.random.default_rng(0)
         ends = [at_level(self.space, 0.0), at_level(self.space, 1.0)]
-        return ends + [uniform_vector(self.space, rng) for _ in range(min(NUM_PROBES, self.space.size))]
+        return ends + [uniform_vector(self.space, rng) for _ in range(NUM_PROBES)]

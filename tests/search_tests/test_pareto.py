@@ -123,7 +123,7 @@ def test_constraints_that_no_vector_meets_at_once() -> None:
         SPACE, [LATENCY], {"ms": ms, "area": lambda vector: vector.ratios[0]},
         constraints=[Constraint("ms", upper=7.0), Constraint("area", upper=0.3)],
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"none of 20,000 vectors meets ms ≤ 7, area ≤ 0.3 at once"):
+    with pytest.raises(ValueError, match=r"none of 9 vectors meets ms ≤ 7, area ≤ 0.3 at once"):
         problem.require_feasible()
 
 
