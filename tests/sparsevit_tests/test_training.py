@@ -1,6 +1,7 @@
-"""The trainer: it learns, resumes as if never stopped, and says when it cannot go on."""
+"""The trainer on losses of two weights: what it does at every step, and when it cannot go on."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,68 +30,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoInstances:
     return dataset
 
 
-def fresh_model(task: InstanceSegmentation) -> nn.Module:
-    torch.manual_seed(0)
-    return task.build_model(create_backbone("swin_nano", drop_path_rate=0.2))
-
-
-def run(
-    dataset: CocoInstances, folder: Path, *, stop_after: int | None = None, num_steps: int = 6
-) -> tuple[nn.Module, list[float]]:
-    task = small_task()
-    model = fresh_model(task)
-    losses: list[float] = []
-
-    def on_step(step: int, values: Mapping[str, float]) -> None:
-        losses.append(values["loss"])
-        if step == stop_after:
-            raise KeyboardInterrupt
-
-    config = TrainingConfig(
-        num_steps=num_steps, batch_size=2, learning_rate=1e-3, precision="fp32", checkpoint_every_s=0.0
-    )
-    train(
-        task, model, dataset, config, draw_vector=SPACE.draw, seed=1,
-        checkpoint=folder / "checkpoint.pt", on_step=on_step,
-    )  # fmt: skip
-    return model, losses
-
-
-def test_interrupted_training_continues_as_if_never_stopped(dataset: CocoInstances, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    whole, losses = run(dataset, tmp_path / "a")
-    with pytest.raises(KeyboardInterrupt):
-        run(dataset, tmp_path / "b", stop_after=4)
-    resumed, rest = run(dataset, tmp_path / "b")
-    assert rest == pytest.approx(losses[3:], rel=1e-6)  # the step in flight is lost, no other
-    for (name, expected), value in zip(
-        whole.state_dict().items(), resumed.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7, msg=name)
-
-
-def test_training_lowers_the_loss(dataset: CocoInstances, tmp_path: Path) -> None:
-    _, losses = run(dataset, tmp_path, num_steps=40)
-    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
-
-
-class Exploding(InstanceSegmentation):
-    """A task whose loss is not a number."""
-
-    def losses(self, model: nn.Module, batch: Any, sparsity: SparsityVector | None) -> dict[str, Tensor]:
-        return {"bad": next(model.parameters()).sum() * float("nan")}
-
-
-def test_loss_that_is_not_finite_names_the_step(dataset: CocoInstances, tmp_path: Path) -> None:
-    task = Exploding(small_task().config)
-    with pytest.raises(FloatingPointError, match=r"the loss of step 1 is not finite .* lower learning_rate"):
-        train(
-            task, fresh_model(task), dataset, TrainingConfig(num_steps=2, batch_size=2),
-            draw_vector=lambda generator: None, seed=0, checkpoint=tmp_path / "c.pt",
-        )  # fmt: skip
-
-
 class Plane(nn.Module):
     """Two weights beside a backbone that nothing depends on."""
 
@@ -117,6 +56,23 @@ class Slope(InstanceSegmentation):
         self.vectors.append(sparsity)
         self.states.add((model.training, torch.is_autocast_enabled("cpu")))
         return {"along": 3 * model.weights[0], "across": 4 * model.weights[1]}
+
+
+class Exploding(Slope):
+    """A task whose loss is not a number."""
+
+    def losses(self, model: nn.Module, batch: Any, sparsity: SparsityVector | None) -> dict[str, Tensor]:
+        return {"bad": next(model.parameters()).sum() * float("nan")}
+
+
+def test_loss_that_is_not_finite_names_the_step(dataset: CocoInstances, tmp_path: Path) -> None:
+    task, config = Exploding(), TrainingConfig(num_steps=2, batch_size=2, learning_rate=0.5, clip_norm=3.0)
+    message = r"the loss of step 1 .*'bad': nan.* lower learning_rate \(0.5\) or clip_norm \(3.0\)"
+    with pytest.raises(FloatingPointError, match=message):
+        train(
+            task, Plane(), dataset, config,
+            draw_vector=lambda generator: None, seed=0, checkpoint=tmp_path / "c.pt",
+        )  # fmt: skip
 
 
 def descend(
@@ -203,6 +159,72 @@ def test_training_draws_from_its_own_seed_alone(dataset: CocoInstances, tmp_path
     assert len(set(order[0])) == 9
 
 
+def test_a_run_that_was_stopped_continues_as_if_it_never_was(dataset: CocoInstances, tmp_path: Path) -> None:
+    """Its samples, draws, vectors, rates and weights; in a bowl, a step of Adam depends on the last."""
+
+    class Bowl(Slope):
+        def losses(self, model: nn.Module, batch: Any, sparsity: SparsityVector | None) -> dict[str, Tensor]:
+            assert isinstance(model, Plane)
+            super().losses(model, batch, sparsity)
+            seen.append((sparsity, int(torch.stack(list(batch[0])).sum()), int(torch.randint(10**9, ()))))
+            return {"bowl": (model.weights - torch.tensor([1.0, 2.0])).square().sum()}
+
+    config = TrainingConfig(
+        num_steps=7, batch_size=2, learning_rate=0.1, warmup_steps=3, schedule="polynomial",
+        checkpoint_every_s=0.0,
+    )  # fmt: skip
+    weights, all_seen = [], []
+    for folder, stops in (("whole", (None,)), ("stopped", (2, 5, None))):
+        seen: list[tuple[Any, ...]] = []
+        (tmp_path / folder).mkdir()
+        for stop in stops:
+            numbers: list[int] = []
+
+            def on_step(step: int, values: Mapping[str, float], numbers: list[int] = numbers) -> None:
+                numbers.append(step)
+                if len(numbers) == stop:  # noqa: B023
+                    raise KeyboardInterrupt
+
+            model = Plane()
+            with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+                train(
+                    Bowl(), model, dataset, config, draw_vector=SPACE.draw, seed=3,
+                    checkpoint=tmp_path / folder / "c.pt", on_step=on_step,
+                )  # fmt: skip
+        weights.append(model.weights.tolist())
+        all_seen.append(seen)
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["c.pt"]
+    whole, stopped = all_seen
+    assert stopped == [*whole[:2], *whole[1:6], *whole[5:]]  # the step in flight is lost, no other
+    assert len({image for _, image, _ in whole}) > 3
+    assert weights[1] == pytest.approx(weights[0], rel=1e-6)
+
+
+def test_checkpoints_are_written_as_seldom_as_asked(
+    dataset: CocoInstances, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second of this clock; a checkpoint is due 2.5 after the last, so after steps 3 and 6."""
+    clock, found = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def on_step(step: int, values: Mapping[str, float]) -> None:
+        path = tmp_path / "c.pt"
+        found.append(torch.load(path, weights_only=True)["step"] if path.exists() else None)
+        clock[0] += 1.0
+
+    descend(
+        dataset, tmp_path, TrainingConfig(num_steps=8, batch_size=1, checkpoint_every_s=2.5), on_step=on_step
+    )
+    assert found == [None, None, None, 3, 3, 3, 6, 6]
+
+
+def test_what_is_frozen_is_not_optimized() -> None:
+    backbone = SparseSwin(SwinConfig(embed_dim=8, depths=(2, 2), num_heads=(1, 1)), frozen_stages=1)
+    groups = build_optimizer(backbone, backbone, TrainingConfig(num_steps=1)).param_groups
+    found = {id(parameter) for group in groups for parameter in group["params"]}
+    assert found == {id(parameter) for parameter in backbone.parameters() if parameter.requires_grad}
+
+
 def test_a_checkpoint_of_another_model_is_not_gone_on_from(dataset: CocoInstances, tmp_path: Path) -> None:
     config = TrainingConfig(num_steps=1, batch_size=1, checkpoint_every_s=0.0)
     descend(dataset, tmp_path, config)
@@ -228,6 +250,11 @@ def test_schedules() -> None:
     assert learning_rate_factor(10, cosine) == pytest.approx(1.0)
     assert learning_rate_factor(55, cosine) == pytest.approx(0.5)
     assert learning_rate_factor(100, cosine) == pytest.approx(0.0)
+    assert learning_rate_factor(8, cosine) == pytest.approx(0.9)
+    assert learning_rate_factor(0, TrainingConfig(num_steps=0)) == 1.0
+    assert learning_rate_factor(1, TrainingConfig(num_steps=1)) == pytest.approx(0.0)
+    short = TrainingConfig(num_steps=8)  # warms up for a quarter at most
+    assert [learning_rate_factor(step, short) for step in (0, 1, 2)] == pytest.approx([0.5, 1, 1])
     polynomial = TrainingConfig(num_steps=100, warmup_steps=0, schedule="polynomial")
     assert learning_rate_factor(50, polynomial) == pytest.approx(0.5**0.9)
     assert learning_rate_factor(100, polynomial) == 0.0
@@ -279,3 +306,19 @@ def test_the_backbone_may_have_a_rate_of_its_own() -> None:
 def test_bad_training_configuration(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**{"num_steps": 1} | fields)
+
+
+def test_bounds_of_a_training_configuration_are_allowed() -> None:
+    TrainingConfig(
+        num_steps=0, batch_size=1, learning_rate=0.0, weight_decay=0.0, warmup_steps=0, clip_norm=0.0,
+        backbone_rate=0.0, num_workers=0, checkpoint_every_s=0.0, milestones=(0.0, 1.0),
+    )  # fmt: skip
+
+
+def test_who_asks_for_nothing_gets_the_recipe_of_swin_detectors() -> None:
+    """AdamW at 1e-4 and 0.05, 500 steps of warm-up, milestones after 8 and 11 of 12 epochs (MMDetection)."""
+    config = TrainingConfig(num_steps=12)
+    assert (config.learning_rate, config.weight_decay, config.warmup_steps) == (1e-4, 0.05, 500)
+    assert (config.schedule, config.precision, config.clip_norm) == ("cosine", "auto", 1.0)
+    assert [12 * share for share in config.milestones] == pytest.approx([8, 11])
+    assert (config.batch_size, config.num_workers, config.checkpoint_every_s) == (4, 0, 20.0)
