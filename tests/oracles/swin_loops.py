@@ -18,9 +18,13 @@ from sparsevit.block import SwinBlock
 
 
 def loop_forward(
-    backbone: SparseSwin, images: Tensor, ratios: tuple[float, ...]
+    backbone: SparseSwin, images: Tensor, ratios: tuple[float, ...], *, is_cleared: bool = False
 ) -> tuple[list[Tensor], list[set[tuple[int, int, int]]]]:
-    """Features per stage, and for every block of the network the kept (image, row, column) windows."""
+    """Features per stage, and for every block of the network the kept (image, row, column) windows.
+
+    Args:
+        is_cleared: whether a block clears the tokens of the windows that it prunes.
+    """
     x = backbone.patch_embed(images)
     genes = list(ratios)
     features, kept_per_block = [], []
@@ -32,7 +36,9 @@ def loop_forward(
             ratio = genes[block_index // 2]
             if ratio > 0 and scores is None:
                 scores = [_token_scores(image) for image in x]
-            x, kept = _block(block, x, scores, ratio, is_shifted=block_index % 2 == 1)
+            out = torch.zeros_like(x) if is_cleared and ratio > 0 else x.clone()
+            kept = _block(block, x, out, scores, ratio, is_shifted=block_index % 2 == 1)
+            x = out
             kept_per_block.append(kept)
         genes = genes[(len(stage.blocks) + 1) // 2 :]
         features.append(backbone.norms[stage_index](x).permute(0, 3, 1, 2))
@@ -49,17 +55,18 @@ def _token_scores(image: Tensor) -> dict[tuple[int, int], float]:
 def _block(
     block: SwinBlock,
     x: Tensor,
+    out: Tensor,
     scores: list[dict[tuple[int, int], float]] | None,
     ratio: float,
     *,
     is_shifted: bool,
-) -> tuple[Tensor, set[tuple[int, int, int]]]:
+) -> set[tuple[int, int, int]]:
+    """Write the new tokens of the kept windows to `out`, and return which windows these are."""
     size = block.attn.window_size
     num_images, height, width, _ = x.shape
     rows, columns = math.ceil(height / size), math.ceil(width / size)
     shift_r = size // 2 if is_shifted and height > size else 0
     shift_c = size // 2 if is_shifted and width > size else 0
-    out = x.clone()
     kept: set[tuple[int, int, int]] = set()
     for b in range(num_images):
         windows = {}
@@ -91,7 +98,7 @@ def _block(
                 if r < height and c < width:
                     token = x[b, r, c] + attended[n]
                     out[b, r, c] = token + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(token))))
-    return out, kept
+    return kept
 
 
 def _attend(

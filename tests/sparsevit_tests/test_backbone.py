@@ -1,47 +1,25 @@
-"""The supernet: dense equality, selection, gradients."""
+"""The supernet: selection, gradients, sizes."""
+
+from typing import Any, Literal
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone, load_backbone_weights
+from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone
 from tests.oracles.swin_loops import loop_forward
-from tests.oracles.torchvision_swin import randomize, torchvision_features
 
 TINY = SwinConfig(embed_dim=8, depths=(2, 4, 2), num_heads=(1, 2, 2), window_size=4)
 
 
-@pytest.fixture(scope="module")
-def swin_t_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseSwin, nn.Module]:
-    """Our Swin-T and torchvision's, with the same random weights."""
-    torch.manual_seed(0)
-    theirs = randomize(torchvision.models.swin_t(weights=None))
-    ours = create_backbone("swin_t").eval()
-    path = tmp_path_factory.mktemp("swin_t") / "torchvision.pth"
-    torch.save(theirs.state_dict(), path)
-    load_backbone_weights(ours, path)
-    return ours, theirs
-
-
-@pytest.mark.parametrize("size", [(224, 224), (640, 640), (256, 704), (333, 517)])
-def test_ratio_zero_equals_torchvision(
-    swin_t_pair: tuple[SparseSwin, nn.Module], size: tuple[int, int]
-) -> None:
-    ours, theirs = swin_t_pair
-    images = torch.randn(2 if size[0] < 300 else 1, 3, *size, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        expected = torchvision_features(theirs, images)
-        for sparsity in (None, ours.space.dense):
-            for mine, reference in zip(ours(images, sparsity), expected, strict=True):
-                assert mine.shape == reference.shape
-                assert (mine - reference).norm() / reference.norm() <= 1e-5
-
-
 @pytest.fixture
 def tiny() -> SparseSwin:
+    return randomized(TINY)
+
+
+def randomized(config: SwinConfig, **options: Any) -> SparseSwin:
     torch.manual_seed(3)
-    backbone = SparseSwin(TINY)
+    backbone = SparseSwin(config, **options)
     for parameter in backbone.parameters():
         nn.init.normal_(parameter, std=0.3)
     return backbone.double().eval()
@@ -57,6 +35,55 @@ def test_random_vectors_equal_the_loop_oracle(tiny: SparseSwin, seed: int, size:
         expected, _ = loop_forward(tiny, images, vector.ratios)
         for mine, reference in zip(tiny(images, vector), expected, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pruned", ["identity", "zero"])
+@pytest.mark.parametrize("ratios", [(0.5, 0.0, 0.4), (0.0, 0.3, 0.3), (0.0, 0.0, 0.0)])
+def test_odd_shapes_equal_the_loop_oracle(
+    pruned: Literal["identity", "zero"], ratios: tuple[float, ...]
+) -> None:
+    """Odd depths, windows, grids and patches; tokens of pruned windows that stay or are cleared."""
+    odd = SwinConfig(6, (1, 3), (1, 3), window_size=3, patch_size=2, mlp_ratio=1.5)
+    backbone = randomized(odd, pruned=pruned)
+    images = torch.randn(2, 3, 23, 14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.inference_mode():
+        expected, _ = loop_forward(backbone, images[:, :, :22], ratios, is_cleared=pruned == "zero")
+        features = backbone(images, SparsityVector(ratios))
+    trained = backbone(images, SparsityVector(ratios))
+    for mine, in_training, reference in zip(features, trained, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(in_training.detach(), reference, rtol=1e-9, atol=1e-9)
+        assert mine.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_large_images_in_parts_are_as_a_whole(tiny: SparseSwin) -> None:
+    """Inference takes more than a megabyte part by part, training never does."""
+    images = torch.randn(2, 3, 205, 330, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vector = SparsityVector((0.5, 0.3, 0.7, 0.4))
+    with torch.inference_mode():
+        features = tiny(images, vector)
+    for mine, reference in zip(features, tiny(images, vector), strict=True):
+        torch.testing.assert_close(mine, reference.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_plans_serve_all_images_of_a_size(tiny: SparseSwin) -> None:
+    vector = SparsityVector((0.5, 0.3, 0.7, 0.4))
+    plans = tiny.plan(vector, (36, 52), torch.device("cpu"))
+    images = torch.randn(2, 3, 36, 52, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.inference_mode():
+        for image in (images[:1], images):
+            assert all(map(torch.equal, tiny.run(image, plans), tiny(image, vector)))
+
+
+def test_the_smallest_image_is_a_patch(tiny: SparseSwin) -> None:
+    images = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.inference_mode():
+        expected, _ = loop_forward(tiny, images, (0.5, 0.3, 0.7, 0.4))
+        for mine, reference in zip(tiny(images, SparsityVector((0.5, 0.3, 0.7, 0.4))), expected, strict=True):
+            assert mine.shape[2:] == (1, 1)
+            torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="an image of 3×9 pixels is smaller than a patch of 4×4"):
+        tiny(torch.zeros(1, 3, 3, 9, dtype=torch.float64))
 
 
 def test_kept_windows_are_nested_inside_a_stage(tiny: SparseSwin) -> None:
@@ -87,10 +114,11 @@ def test_pruned_windows_pass_their_stage_untouched(tiny: SparseSwin) -> None:
     assert (after[is_covered] != tokens[is_covered]).any(dim=-1).all()
 
 
-def test_selection_is_per_image(tiny: SparseSwin) -> None:
+@pytest.mark.parametrize("ratios", [(0.5, 0.3, 0.7, 0.4), (0.0, 0.0, 0.0, 0.0)])
+def test_selection_is_per_image(tiny: SparseSwin, ratios: tuple[float, ...]) -> None:
     """An image's features do not depend on its neighbours in the batch."""
     images = torch.randn(3, 3, 52, 76, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    vector = SparsityVector((0.5, 0.3, 0.7, 0.4))
+    vector = SparsityVector(ratios)
     with torch.inference_mode():
         together = tiny(images, vector)
         alone = [tiny(image[None], vector) for image in images]
@@ -139,12 +167,41 @@ def test_evaluation_is_deterministic_and_leaves_its_arguments_alone(tiny: Sparse
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("name", "millions"), [("swin_t", 27.5), ("swin_s", 48.8), ("swin_b", 86.7)])
-def test_published_sizes(name: str, millions: float) -> None:
-    """Parameters of the backbones without classification head, in 10⁶."""
+PUBLISHED = {"swin_t": 28_288_354, "swin_s": 49_606_258, "swin_b": 87_768_224, "swin_l": 196_532_476}
+"""Parameters of the classifiers of 1000 classes (torchvision and timm)."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    """A backbone has no classifier, but a norm for every stage."""
     with torch.device("meta"):
         backbone = create_backbone(name)
-    assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    *others, last = backbone.num_channels
+    expected = PUBLISHED[name] - 1000 * (last + 1) + 2 * sum(others)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == expected
+
+
+@pytest.mark.parametrize("name", ["swin_b", "swin_l"])
+def test_wider_windows_have_longer_tables_and_nothing_else(name: str) -> None:
+    with torch.device("meta"):
+        plain, wide = create_backbone(name), create_backbone(f"{name}_window12")
+    shapes = {key: tuple(value.shape) for key, value in plain.named_parameters()}
+    for key, value in wide.named_parameters():
+        expected = shapes.pop(key)
+        is_table = key.endswith("relative_position_bias_table")
+        assert tuple(value.shape) == ((23 * 23, expected[1]) if is_table else expected)
+    assert not shapes
+
+
+def test_weights_begin_as_in_swin() -> None:
+    """Linear layers at a standard deviation of 0.02, biases at zero."""
+    torch.manual_seed(0)
+    backbone = create_backbone("swin_nano")
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert abs(layer.weight.mean().item()) < 0.002, name
+            assert layer.bias is None or not layer.bias.any(), name
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.4])

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit import SparseSwin, SparsityVector, SwinConfig, create_backbone
+from sparsevit.backbone import BACKBONES, SparseStage
+from sparsevit.block import SwinBlock
 from sparsevit.scoring import SCORES, rank_windows, score_tokens
 from sparsevit.windows import window_grid
 
@@ -115,6 +117,46 @@ def test_frozen_parts_and_no_others_keep_their_weights_and_evaluation_mode(
             assert module.training != f"{name}.".startswith(frozen), name
 
 
+def test_one_block_alone_is_never_dropped() -> None:
+    """The first block's probability is 0, and it is the last one too."""
+    backbone = SparseSwin(SwinConfig(8, (1,), (1,), window_size=4), 0.9).train()
+    with torch.no_grad():
+        for mine, expected in zip(backbone(IMAGES), backbone.eval()(IMAGES), strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_options_of_a_backbone_by_name() -> None:
+    """Each reaches the network: what it alone changes is there."""
+
+    def own_score(tokens: Tensor) -> Tensor:
+        return tokens.sum(dim=-1)
+
+    backbone = create_backbone(
+        "swin_nano", drop_path_rate=0.33, score=own_score, pruned="zero", frozen_stages=2, checkpoints=True
+    )
+    assert backbone.config == BACKBONES["swin_nano"]
+    for stage in backbone.stages:
+        assert isinstance(stage, SparseStage)
+        assert (stage.score, stage.pruned) == (own_score, "zero")
+    blocks = [block for block in backbone.modules() if isinstance(block, SwinBlock)]
+    assert [block.drop_path_rate for block in blocks] == pytest.approx([0.03 * index for index in range(12)])
+    assert all(block.checkpoints for block in blocks)
+    assert not any(parameter.requires_grad for parameter in backbone.stages[1].parameters())
+    assert all(parameter.requires_grad for parameter in backbone.stages[2].parameters())
+
+
+def test_a_backbone_by_name_is_the_paper_s_unless_told() -> None:
+    backbone = create_backbone("swin_nano").train()
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    blocks = [block for block in backbone.modules() if isinstance(block, SwinBlock)]
+    assert not any(block.checkpoints or block.drop_path_rate for block in blocks)
+    tokens = torch.randn(1, 6, 4)
+    for stage in backbone.stages:
+        assert isinstance(stage, SparseStage)
+        assert stage.pruned == "identity"
+        torch.testing.assert_close(stage.score(tokens), tokens.abs().mean(dim=-1))
+
+
 def test_checkpoints_change_memory_and_nothing_else() -> None:
     """Of what is kept for the backward pass less than half stays, weights and all."""
     gradients, kept = [], []
@@ -158,6 +200,7 @@ def test_non_finite_pixels_stay_in_their_image(sparsity: SparsityVector) -> None
     ("images", "message"),
     [
         (torch.zeros(3, 64, 64), r"images are a batch \[B, 3, h, w\], got the shape \[3, 64, 64\]"),
+        (torch.zeros(1, 4, 64, 64), r"got the shape \[1, 4, 64, 64\]"),
         (torch.zeros(1, 1, 64, 64), r"got the shape \[1, 1, 64, 64\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating point and normalised, got torch.uint8"),
         (torch.zeros(0, 3, 64, 64), "the batch holds no image"),
@@ -175,6 +218,8 @@ def test_bad_images(images: Tensor, message: str) -> None:
         ({"score": "best"}, "unknown score 'best'; choose one of mean_abs, l2, random, or pass a function"),
         ({"pruned": "mean"}, "unknown pruned='mean'; choose one of identity, zero"),
         ({"frozen_stages": 5}, "frozen_stages lies in -1 … 4, got 5"),
+        ({"frozen_stages": -2}, "frozen_stages lies in -1 … 4, got -2"),
+        ({"drop_path_rate": -0.1}, r"drop_path_rate lies in \[0, 1\), got -0.1"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate lies in \[0, 1\), got 1.0"),
     ],
 )
