@@ -49,8 +49,9 @@ TRIALS = [
     finished(0.0, 0.3),  # dominated
     failed(),
     finished(3.0, 0.7),  # 6 ms, and better than all: 0.6 × 4
+    finished(3.0, 0.8, watts=12.0),  # forbidden
 ]
-VOLUMES = [0.5, 0.5, 0.5, 1.1, 1.1, 1.1, 2.4]
+VOLUMES = [0.5, 0.5, 0.5, 1.1, 1.1, 1.1, 2.4, 2.4]
 
 
 def progress_of(trials: list[FrozenTrial]) -> SearchProgress:
@@ -71,7 +72,7 @@ def test_progress_trial_by_trial() -> None:
     assert progress.hypervolumes == pytest.approx(VOLUMES)
     assert progress.hypervolume == pytest.approx(2.4)
     assert progress.failures == ["no memory", "no reason is recorded"]
-    assert (progress.num_complete, progress.num_infeasible, progress.num_counted) == (5, 1, 7)
+    assert (progress.num_complete, progress.num_infeasible, progress.num_counted) == (6, 2, 8)
     assert [member.values["ap"] for member in progress.front.members] == [0.7]
     assert progress.front == front_of(TRIALS, PROBLEM)
 
