@@ -75,11 +75,21 @@ def test_of_a_small_space_every_vector_counts(needle: tuple[float, ...]) -> None
 
 
 def test_of_a_large_space_the_ends_and_a_sample_count() -> None:
-    def ms(vector: Sequence[float]) -> float:
-        return {0: -1.0, 2999: 99.0}.get(int(vector[0]), 5.0)
+    """Of 30 000 vectors; what is reachable is the same whenever it is asked for."""
+    space = GeneSpace({"number": tuple(range(30_000))})
 
-    problem = problem_of(LARGE, Constraint("number", 1600, 1400), ms=ms, number=lambda vector: vector[0])
+    def ms(vector: Sequence[float]) -> float:
+        return {0: -1.0, 29_999: 99.0}.get(int(vector[0]), 5.0)
+
+    def mixed(vector: Sequence[float]) -> float:
+        return vector[0] * 7919 % 30_011
+
+    bound = Constraint("number", 16_000, 14_000)
+    problem, same = (
+        problem_of(space, bound, ms=ms, mixed=mixed, number=lambda vector: vector[0]) for _ in range(2)
+    )
     assert problem.reachable("ms") == (-1.0, 99.0)
+    assert problem.reachable("mixed") == same.reachable("mixed")
     problem.require_feasible()
 
 
