@@ -63,7 +63,7 @@ def test_hypervolumes_grow_trial_by_trial(tmp_path: Path) -> None:
 def test_what_is_known_better_by_now_replaces_what_was_told(tmp_path: Path) -> None:
     """The dense vector turns out to take half of the time that was predicted, and is alone on the front."""
     search(tmp_path / "study.journal", AP, MS)
-    now = {(0.0, 0.0): 3.0, (0.5, 0.5): 6.0}
+    now: dict[tuple[float, ...], float] = {(0.0, 0.0): 3.0, (0.5, 0.5): 6.0}
     history = SearchHistory.read(
         tmp_path / "study.journal", "mine", lambda vector: {"ms": now[tuple(vector)]}
     )

@@ -209,7 +209,7 @@ def test_levels_of_genes_with_different_choices(tmp_path: Path) -> None:
 
 def test_a_list_skips_what_is_forbidden(tmp_path: Path) -> None:
     problem = problem_of(Constraint("ms", upper=2.0, lower=1.0))
-    orders = []
+    orders: list[list[Any]] = []
     for seed in (0, 0, 1):
         sampler = create_sampler(problem, SamplerConfig("exhaustive", seed))
         with open_study(tmp_path / f"{len(orders)}.journal", problem, sampler) as study:
@@ -220,4 +220,4 @@ def test_a_list_skips_what_is_forbidden(tmp_path: Path) -> None:
             orders.append([vector_of(t, SPACE) for t in study.trials if t.state == TrialState.COMPLETE])
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
-        assert sorted(map(tuple, order)) == [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0)]
+        assert sorted(order) == [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0)]

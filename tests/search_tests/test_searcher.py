@@ -2,13 +2,13 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
-from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from search.dispatch import Budget, Dispatcher
@@ -123,7 +123,7 @@ def lost(folder: Path, error: BaseException | None, num_failures: int = 2) -> An
     """As Tune describes it: the error lies in a file."""
     path = folder / "error.pkl"
     if error is not None:
-        path.write_bytes(cloudpickle.dumps(error))
+        path.write_bytes(pickle.dumps(error))
     return SimpleNamespace(trial_id="a", num_failures=num_failures, pickled_error_file=str(path))
 
 
