@@ -1,5 +1,6 @@
 """What all samplers share: settings in range, who dominates whom, generations, and what is known."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,49 @@ def test_a_list_skips_what_is_forbidden(tmp_path: Path) -> None:
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert sorted(order) == [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0)]
+
+
+LINE = GeneSpace({"number": tuple(range(1000))})
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        # the first cheap objective is the square: its even levels
+        (("ap", "square", "number"), [999 * math.sqrt((level + 0.5) / 10) for level in range(10)]),
+        (("number", "square", "ap"), [999 * (level + 0.5) / 10 for level in range(10)]),
+        (("ap",), [999 * (level + 0.5) / 10 for level in range(10)]),  # none is cheap: the sum
+    ],
+)
+def test_nsga2_begins_with_a_generation_at_even_levels_of_the_first_cheap_objective(
+    objectives: tuple[str, ...], expected: list[float]
+) -> None:
+    """Of 24 the first three are the ends and one short of the last, and half of the rest is even itself."""
+    quantities = {"square": lambda vector: vector[0] ** 2, "number": lambda vector: vector[0]}
+    goals = [Objective(name, "minimize", reference=0.0) for name in objectives]
+    problem = SearchProblem(LINE, goals, quantities, ("ap",))
+    first, same, other = (
+        create_sampler(problem, SamplerConfig("nsga2", seed, population_size=24)).first_vectors()
+        for seed in (0, 0, 1)
+    )
+    numbers = [vector[0] for vector in map(tuple, first)]
+    assert numbers[:3] == [0, 999, 998]
+    assert numbers[3:14] == pytest.approx([999 * (level + 0.5) / 11 for level in range(11)], abs=2)
+    assert numbers[14:] == pytest.approx(expected, abs=8)
+    assert first == same != other
+
+
+def test_nsga2_begins_within_the_constraints_and_with_sixteen_at_least() -> None:
+    problem = problem_of(Constraint("ms", upper=12.0, lower=2.0), space=WIDE)
+    sampler = create_sampler(problem, SamplerConfig("nsga2", population_size=4, num_parents=2))
+    vectors = sampler.first_vectors()
+    assert len(set(vectors)) == 16
+    assert all(2.0 <= sum(vector) <= 12.0 for vector in vectors)
+    assert create_sampler(problem, SamplerConfig("random")).first_vectors() == []
+
+
+@pytest.mark.parametrize("name", ["nsga2", "evolution"])
+def test_optuna_is_told_the_size_of_a_population(name: str) -> None:
+    sampler = create_sampler(problem_of(), SamplerConfig(name, population_size=4))
+    assert isinstance(sampler, GenerationSampler)
+    assert sampler.population_size == 4
