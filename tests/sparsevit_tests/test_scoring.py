@@ -54,6 +54,11 @@ def test_random_scores_are_a_hash_of_the_token_s_number() -> None:
         assert score == pytest.approx(mixed / 2**32, abs=1e-7)
 
 
+def test_random_scores_are_where_their_tokens_are() -> None:
+    scores = score_tokens(torch.zeros(2, 5, 3, device="meta"), SCORES["random"])
+    assert (scores.device.type, scores.shape, scores.dtype) == ("meta", (2, 5), torch.float32)
+
+
 def test_score_of_another_number_of_images() -> None:
     with pytest.raises(ValueError, match=r"per token, \[2, 5\], but it returned \[1, 5\]"):
         score_tokens(torch.zeros(2, 5, 8), lambda x: x[:1, :, 0])
