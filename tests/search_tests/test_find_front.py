@@ -7,6 +7,7 @@ import pytest
 
 from search.dispatch import Budget, Dispatcher
 from search.encoding import vector_of
+from search.engine import EngineConfig
 from search.evaluator import Evaluator
 from search.find_front import find_front
 from search.problem import Constraint
@@ -69,6 +70,17 @@ def test_the_given_vectors_come_before_those_of_the_sampler(tmp_path: Path) -> N
     assert waiting == [vector for vector in expected if vector not in finished]
 
 
+def test_only_a_deterministic_search_finishes_its_batch_when_the_budget_is_spent(tmp_path: Path) -> None:
+    """One trial is in flight: for that one a cluster is needed, and there is none."""
+    study, engine = tmp_path / "study.journal", EngineConfig(address="127.0.0.1:1")
+    searched(study, 2)
+    with open_study(study, PROBLEM, create_sampler(PROBLEM, RANDOM)) as opened:
+        assert Dispatcher(opened, PROBLEM, Budget(3)).next_trial() is not None
+    assert find_front(PROBLEM, no_worker, study, Budget(2), sampler=RANDOM, engine=engine).members
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at '127.0.0.1:1'"):
+        find_front(PROBLEM, no_worker, study, Budget(2), sampler=RANDOM, engine=engine, deterministic=True)
+
+
 def test_an_empty_front_is_a_warning_with_its_reasons(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,6 +97,7 @@ def test_an_empty_front_is_a_warning_with_its_reasons(
             dispatcher.fail(trial.number, reason)
     front = find_front(accurate, no_worker, study, Budget(4), sampler=RANDOM)
     assert front.members == ()
+    assert {record.name for record in caplog.records} == {"search.find_front"}
     assert [record.getMessage() for record in caplog.records] == [
         "2 trials failed: no memory",
         "1 trials failed: no light",
