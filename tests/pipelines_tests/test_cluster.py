@@ -177,14 +177,29 @@ print("in the lane:", node == lane)
 """
 
 
-def test_what_is_measured_has_a_node_to_itself(cluster: Cluster) -> None:
-    """A node without CPUs to offer takes no trials, only what asks for its lane."""
-    cluster.add_node("--num-cpus=0", '--resources={"latency": 1}')
-    wait_until(lambda: cluster.num_nodes() == 3, 90, "the lane")
+@pytest.fixture(scope="module")
+def with_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes, and one without CPUs to offer, which takes no trials, only what asks for its lane."""
+    with two_nodes(tmp_path_factory.mktemp("with_lane")) as cluster:
+        cluster.add_node("--num-cpus=0", '--resources={"latency": 1}')
+        wait_until(lambda: cluster.num_nodes() == 3, 90, "the lane")
+        yield cluster
+
+
+def measurements(cluster: Cluster) -> dict[str, str]:
+    """What has been measured in the lane: nodes by task."""
+    tasks = cluster.run(
+        "list", "tasks", "--filter", "name=_call", "--format", "json",
+        "--address", f"http://127.0.0.1:{cluster.dashboard}",
+    )  # fmt: skip
+    return {task["task_id"]: task["node_id"] for task in json.loads(tasks.stdout)}
+
+
+def test_what_is_measured_has_a_node_to_itself(with_lane: Cluster) -> None:
     in_lane, nowhere = (
         subprocess.run(
-            [sys.executable, "-c", LANE, cluster.address, name],
-            env=cluster.environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
+            [sys.executable, "-c", LANE, with_lane.address, name],
+            env=with_lane.environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
         )
         for name in ("latency", "gpu-lane")
     )  # fmt: skip
@@ -192,26 +207,21 @@ def test_what_is_measured_has_a_node_to_itself(cluster: Cluster) -> None:
     assert "no node offers cluster.latency_lane=gpu-lane: start one on the device" in nowhere.stderr
 
 
-def test_a_search_measures_its_front_in_the_lane(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_search_measures_its_front_in_the_lane(with_lane: Cluster, tmp_path: Path) -> None:
     """Calibration and front are measured by the node that is kept for it; it takes no trials."""
-    cluster.add_node("--num-cpus=0", '--resources={"latency": 1}')
-    wait_until(lambda: cluster.num_nodes() == 3, 90, "the lane")
-    overrides = ["cluster=ray", f"cluster.address={cluster.address}", "cluster.num_workers=null"]
+    overrides = ["cluster=ray", f"cluster.address={with_lane.address}", "cluster.num_workers=null"]
     overrides += ["cluster.latency_lane=latency", "until=search", "tracking=none", MACS_FOR_LATENCY]
     overrides += ["search.num_evaluations=8", "search.measure_every=4"]
+    before = measurements(with_lane)
     result = subprocess.run(
-        command(tmp_path, *overrides), env=cluster.environment, cwd=tmp_path,
+        command(tmp_path, *overrides), env=with_lane.environment, cwd=tmp_path,
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     members = json.loads(next(tmp_path.glob("out/coco/stages/search-*/front.json")).read_text())["members"]
     assert members
     assert all(member["measured_ms"] > 0 for member in members)
-    tasks = cluster.run(
-        "list", "tasks", "--filter", "name=_call", "--format", "json",
-        "--address", f"http://127.0.0.1:{cluster.dashboard}",
-    )  # fmt: skip
-    measuring = [task["node_id"] for task in json.loads(tasks.stdout)]
+    measuring = [node for task, node in measurements(with_lane).items() if task not in before]
     assert len(measuring) >= 2  # calibration, and the front at least once
     (lane,) = {*measuring}
     (journal,) = tmp_path.glob("out/coco/stages/search-*/study.journal")
