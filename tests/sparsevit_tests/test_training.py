@@ -10,24 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit import SparseSwin, SparsitySpace, SparsityVector, SwinConfig, create_backbone
-from sparsevit.data.augmentation import instance_augmentation
 from sparsevit.data.coco import CocoInstances
 from sparsevit.data.order import TrainingOrder
-from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.tasks.instance_segmentation import InstanceSegmentation
 from sparsevit.training import OnStep, TrainingConfig, build_optimizer, learning_rate_factor, train
 from tests.sparsevit_tests.test_checkpoints import small_task
 
 SPACE = SparsitySpace((2, 2, 6, 2))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoInstances:
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(root, ShapesConfig(image_size=64, num_images={"train": 6}))
-    dataset = CocoInstances(root, "train")
-    dataset.transform = instance_augmentation(64, (0.8, 1.2))
-    return dataset
 
 
 class Plane(nn.Module):
@@ -65,12 +54,12 @@ class Exploding(Slope):
         return {"bad": next(model.parameters()).sum() * float("nan")}
 
 
-def test_loss_that_is_not_finite_names_the_step(dataset: CocoInstances, tmp_path: Path) -> None:
+def test_loss_that_is_not_finite_names_the_step(shapes: CocoInstances, tmp_path: Path) -> None:
     task, config = Exploding(), TrainingConfig(num_steps=2, batch_size=2, learning_rate=0.5, clip_norm=3.0)
     message = r"the loss of step 1 .*'bad': nan.* lower learning_rate \(0.5\) or clip_norm \(3.0\)"
     with pytest.raises(FloatingPointError, match=message):
         train(
-            task, Plane(), dataset, config,
+            task, Plane(), shapes, config,
             draw_vector=lambda generator: None, seed=0, checkpoint=tmp_path / "c.pt",
         )  # fmt: skip
 
@@ -93,28 +82,28 @@ def descend(
 
 @pytest.mark.parametrize(("clip_norm", "expected"), [(0.0, (3.0, 4.0)), (1.0, (0.6, 0.8)), (5.5, (3.0, 4.0))])
 def test_gradients_are_clipped_to_a_norm_and_not_at_all_by_none(
-    dataset: CocoInstances, tmp_path: Path, clip_norm: float, expected: tuple[float, float]
+    shapes: CocoInstances, tmp_path: Path, clip_norm: float, expected: tuple[float, float]
 ) -> None:
     """What the last of three steps leaves behind: its own gradient, not the sum of all."""
     config = TrainingConfig(num_steps=3, batch_size=1, clip_norm=clip_norm)
-    _, model = descend(dataset, tmp_path, config)
+    _, model = descend(shapes, tmp_path, config)
     assert model.weights.grad is not None
     assert model.weights.grad.tolist() == pytest.approx(expected, rel=1e-4)
     assert model.weights.detach().abs().min() > 0
 
 
-def test_weights_move_by_the_schedule(dataset: CocoInstances, tmp_path: Path) -> None:
+def test_weights_move_by_the_schedule(shapes: CocoInstances, tmp_path: Path) -> None:
     """On a plane a step of Adam is as long as the rate: half of it, all, then six steps of a cosine."""
     config = TrainingConfig(
         num_steps=8, batch_size=1, learning_rate=0.01, weight_decay=0.5, warmup_steps=5, clip_norm=0.0
     )
-    _, model = descend(dataset, tmp_path, config)
+    _, model = descend(shapes, tmp_path, config)
     moved = 0.01 * (0.5 + 1 + (3 + 1 / 2))
     assert model.weights.tolist() == pytest.approx([-moved] * 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_step_has_a_vector_of_its_own(dataset: CocoInstances, tmp_path: Path, precision: str) -> None:
+def test_every_step_has_a_vector_of_its_own(shapes: CocoInstances, tmp_path: Path, precision: str) -> None:
     """A function of the seed and the step; losses are taken in training mode, in the precision asked for."""
     config = TrainingConfig(
         num_steps=6, batch_size=1, precision=precision, learning_rate=0.5, warmup_steps=0,
@@ -122,11 +111,11 @@ def test_every_step_has_a_vector_of_its_own(dataset: CocoInstances, tmp_path: Pa
     )  # fmt: skip
     told: list[tuple[int, float, float]] = []
     task, model = descend(
-        dataset, tmp_path, config,
+        shapes, tmp_path, config,
         on_step=lambda step, values: told.append((step, values["loss"], values["along"] + values["across"])),
     )  # fmt: skip
-    again, _ = descend(dataset, tmp_path, config)
-    other, _ = descend(dataset, tmp_path, config, seed=1)
+    again, _ = descend(shapes, tmp_path, config)
+    other, _ = descend(shapes, tmp_path, config, seed=1)
     assert task.vectors == again.vectors != other.vectors
     assert len(set(task.vectors)) == len(task.vectors) == 6
     assert all(vector is not None and vector in SPACE for vector in task.vectors)
@@ -137,7 +126,7 @@ def test_every_step_has_a_vector_of_its_own(dataset: CocoInstances, tmp_path: Pa
     assert all(loss == pytest.approx(parts) for _, loss, parts in told)
 
 
-def test_training_draws_from_its_own_seed_alone(dataset: CocoInstances, tmp_path: Path) -> None:
+def test_training_draws_from_its_own_seed_alone(shapes: CocoInstances, tmp_path: Path) -> None:
     """What the process drew before is nothing to it, and it leaves the process's seed as it was."""
     order: list[list[int]] = []
 
@@ -151,7 +140,7 @@ def test_training_draws_from_its_own_seed_alone(dataset: CocoInstances, tmp_path
         model = Plane()
         torch.manual_seed(seed)
         train(
-            Noting(), model, dataset, TrainingConfig(num_steps=3, batch_size=2), draw_vector=SPACE.draw,
+            Noting(), model, shapes, TrainingConfig(num_steps=3, batch_size=2), draw_vector=SPACE.draw,
             seed=7, checkpoint=tmp_path / "c.pt",
         )  # fmt: skip
         assert torch.initial_seed() == seed
@@ -159,7 +148,7 @@ def test_training_draws_from_its_own_seed_alone(dataset: CocoInstances, tmp_path
     assert len(set(order[0])) == 9
 
 
-def test_a_run_that_was_stopped_continues_as_if_it_never_was(dataset: CocoInstances, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_continues_as_if_it_never_was(shapes: CocoInstances, tmp_path: Path) -> None:
     """Its samples, draws, vectors, rates and weights; in a bowl, a step of Adam depends on the last."""
 
     class Bowl(Slope):
@@ -188,7 +177,7 @@ def test_a_run_that_was_stopped_continues_as_if_it_never_was(dataset: CocoInstan
             model = Plane()
             with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
                 train(
-                    Bowl(), model, dataset, config, draw_vector=SPACE.draw, seed=3,
+                    Bowl(), model, shapes, config, draw_vector=SPACE.draw, seed=3,
                     checkpoint=tmp_path / folder / "c.pt", on_step=on_step,
                 )  # fmt: skip
         weights.append(model.weights.tolist())
@@ -201,7 +190,7 @@ def test_a_run_that_was_stopped_continues_as_if_it_never_was(dataset: CocoInstan
 
 
 def test_checkpoints_are_written_as_seldom_as_asked(
-    dataset: CocoInstances, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes: CocoInstances, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step takes a second of this clock; a checkpoint is due 3 after the last."""
     clock, found = [100.0], []
@@ -213,7 +202,10 @@ def test_checkpoints_are_written_as_seldom_as_asked(
         clock[0] += 1.0
 
     descend(
-        dataset, tmp_path, TrainingConfig(num_steps=8, batch_size=1, checkpoint_every_s=3.0), on_step=on_step
+        shapes,
+        tmp_path,
+        TrainingConfig(num_steps=8, batch_size=1, checkpoint_every_s=3.0),
+        on_step=on_step,
     )
     assert found == [None, None, None, 3, 3, 3, 6, 6]
 
@@ -225,14 +217,14 @@ def test_what_is_frozen_is_not_optimized() -> None:
     assert found == {id(parameter) for parameter in backbone.parameters() if parameter.requires_grad}
 
 
-def test_a_checkpoint_of_another_model_is_not_gone_on_from(dataset: CocoInstances, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(shapes: CocoInstances, tmp_path: Path) -> None:
     config = TrainingConfig(num_steps=1, batch_size=1, checkpoint_every_s=0.0)
-    descend(dataset, tmp_path, config)
+    descend(shapes, tmp_path, config)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
     del state["model"]["weights"]
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(RuntimeError, match='Missing key.* "weights"'):
-        descend(dataset, tmp_path, config)
+        descend(shapes, tmp_path, config)
 
 
 def test_order_is_shuffled_epochs_and_can_begin_anywhere() -> None:

@@ -8,23 +8,12 @@ import torch
 from torch import nn
 
 from sparsevit import SparsitySpace, create_backbone
-from sparsevit.data.augmentation import instance_augmentation
 from sparsevit.data.coco import CocoInstances
-from sparsevit.data.shapes import ShapesConfig, write_shapes
 from sparsevit.tasks.instance_segmentation import InstanceSegmentation
 from sparsevit.training import TrainingConfig, train
 from tests.sparsevit_tests.test_checkpoints import small_task
 
 SPACE = SparsitySpace((2, 2, 6, 2))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoInstances:
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(root, ShapesConfig(image_size=64, num_images={"train": 6}))
-    dataset = CocoInstances(root, "train")
-    dataset.transform = instance_augmentation(64, (0.8, 1.2))
-    return dataset
 
 
 def fresh_model(task: InstanceSegmentation) -> nn.Module:
@@ -54,13 +43,13 @@ def run(
     return model, losses
 
 
-def test_interrupted_training_continues_as_if_never_stopped(dataset: CocoInstances, tmp_path: Path) -> None:
+def test_interrupted_training_continues_as_if_never_stopped(shapes: CocoInstances, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole, losses = run(dataset, tmp_path / "a")
+    whole, losses = run(shapes, tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        run(dataset, tmp_path / "b", stop_after=4)
-    resumed, rest = run(dataset, tmp_path / "b")
+        run(shapes, tmp_path / "b", stop_after=4)
+    resumed, rest = run(shapes, tmp_path / "b")
     assert rest == pytest.approx(losses[3:], rel=1e-6)  # the step in flight is lost, no other
     for (name, expected), value in zip(
         whole.state_dict().items(), resumed.state_dict().values(), strict=True
@@ -68,6 +57,6 @@ def test_interrupted_training_continues_as_if_never_stopped(dataset: CocoInstanc
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_training_lowers_the_loss(dataset: CocoInstances, tmp_path: Path) -> None:
-    _, losses = run(dataset, tmp_path, num_steps=40)
+def test_training_lowers_the_loss(shapes: CocoInstances, tmp_path: Path) -> None:
+    _, losses = run(shapes, tmp_path, num_steps=40)
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
