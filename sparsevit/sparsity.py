@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
 DEFAULT_CHOICES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
+@lru_cache(maxsize=4096)
 def count_kept_windows(num_windows: int, ratio: float) -> int:
     """``floor(num_windows · (1 − ratio))`` in exact decimal arithmetic, at least 1.
 

@@ -1,9 +1,8 @@
 """A real Ray cluster on this machine, with token authentication; its nodes can be killed."""
 
 import contextlib
+import functools
 import os
-import re
-import secrets
 import shutil
 import signal
 import socket
@@ -12,6 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import requests
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -24,21 +28,27 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Nodes that are started and killed as processes of their own; modules in `folder` are theirs."""
+    """Nodes that are started and killed as processes of their own; modules in `folder` are theirs.
+
+    They ask for the token of this process.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port, self.dashboard = free_port(), free_port()
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith("RAY_AUTH_") or not name.startswith("RAY_")
+            },
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": str(folder),
             "CUDA_VISIBLE_DEVICES": "",
         }
         self.address = f"127.0.0.1:{self.port}"
+        self.jobs_address = f"http://127.0.0.1:{self.dashboard}"
         self._nodes: list[subprocess.Popen[bytes]] = []
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
@@ -53,7 +63,7 @@ class Cluster:
         return node
 
     def start_head(self) -> None:
-        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}")
+        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--no-monitor")
 
     def add_node(self, *options: str) -> subprocess.Popen[bytes]:
         return self.start(f"--address={self.address}", *options)
@@ -68,18 +78,16 @@ class Cluster:
             timeout=timeout, cwd=ROOT,
         )  # fmt: skip
 
+    @functools.cached_property
+    def jobs(self) -> JobSubmissionClient:
+        return JobSubmissionClient(self.jobs_address)
+
     def num_nodes(self) -> int:
-        """Nodes that are alive."""
-        program = (
-            "import ray\n"
-            f"ray.init('{self.address}', logging_level='ERROR', log_to_driver=False)\n"
-            "print('nodes:', sum(node['Alive'] for node in ray.nodes()))\n"
-        )
-        result = subprocess.run(
-            [sys.executable, "-c", program], env=self.environment, capture_output=True, text=True, check=False
-        )
-        counts = re.findall(r"^nodes: (\d+)$", result.stdout, flags=re.MULTILINE)
-        return int(counts[0]) if counts else 0
+        """Nodes that are alive; none as long as the head does not answer."""
+        with contextlib.suppress(ConnectionError, RayStateApiException, requests.RequestException):
+            nodes = list_nodes(self.jobs_address, raise_on_missing_output=False)
+            return sum(node.state == "ALIVE" for node in nodes)
+        return 0
 
     def stop(self) -> None:
         for number, node in enumerate(self._nodes):
@@ -94,13 +102,14 @@ def kill(node: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def two_nodes(folder: Path) -> Iterator[Cluster]:
-    """A head and another node, of one CPU each, that leave their logs in `folder`."""
+def running(folder: Path, num_nodes: int) -> Iterator[Cluster]:
+    """A head and further nodes, of one CPU each, that leave their logs in `folder`."""
     cluster = Cluster(folder)
     cluster.start_head()
-    cluster.add_node()
+    for _ in range(num_nodes - 1):
+        cluster.add_node()
     try:
-        wait_until(lambda: cluster.num_nodes() == 2, 120, "two nodes")
+        wait_until(lambda: cluster.num_nodes() == num_nodes, 120, f"{num_nodes} nodes")
         yield cluster
     finally:
         cluster.stop()

@@ -22,7 +22,7 @@ from tests.pipelines_tests.configuration import arguments, composed, tiny_run
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, by the command line."""
     folder = tmp_path_factory.mktemp("cityscapes")
-    result = run_command(arguments(folder, experiment="cityscapes"), folder)
+    result = run_command(arguments(folder, "tracking=none", experiment="cityscapes"), folder)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stdout.txt").write_text(result.stdout)
     return folder

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 from optuna.trial import TrialState
+from ray.job_submission import JobStatus
+from ray.util.state import list_tasks
 
 from pipelines import build
 from pipelines.compare import find_journal
 from search.problem import WORKER
 from search.study import counted_trials, read_study
 from tests.pipelines_tests.configuration import MACS_FOR_LATENCY, command, composed, tiny_run
-from tests.ray_cluster import BIN, ROOT, Cluster, two_nodes, wait_until
+from tests.ray_cluster import BIN, ROOT, Cluster, running, wait_until
 
 NUM_EVALUATIONS = 60
 
@@ -54,8 +56,14 @@ class Together(InstanceSegmentation):
 
 
 @pytest.fixture
+def head(tmp_path: Path) -> Iterator[Cluster]:
+    with running(tmp_path, 1) as cluster:
+        yield cluster
+
+
+@pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    with two_nodes(tmp_path) as cluster:
+    with running(tmp_path, 2) as cluster:
         yield cluster
 
 
@@ -64,7 +72,6 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
 
     The first worker waits for that of the other node, or a quick one would do all the work on a busy machine.
     """
-    address = f"http://127.0.0.1:{cluster.dashboard}"
     (tmp_path / "together.py").write_text(TOGETHER)
     tiny = tiny_run(tmp_path)
     options = {**build.flat(composed(*tiny).task), "folder": f"'{tmp_path / 'nodes'}'"}
@@ -79,44 +86,40 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
     for attempt in range(9):  # on a busy machine the agent of a new node takes a while
         name = f"search-{attempt}"
         submitted = cluster.run(
-            "job", "submit", "--address", address, "--working-dir", ".", "--no-wait", "--submission-id", name,
-            "--", "python", "pipelines/run.py", "+experiment=coco", *overrides,
+            "job", "submit", "--address", cluster.jobs_address, "--working-dir", ".", "--no-wait",
+            "--submission-id", name, "--", "python", "pipelines/run.py", "+experiment=coco", *overrides,
         )  # fmt: skip
         if submitted.returncode == 0:
             break
         time.sleep(10)
     assert submitted.returncode == 0, submitted.stderr
-    for token, is_known in ((cluster.environment["RAY_AUTH_TOKEN"], True), (secrets.token_hex(32), False)):
-        answer = subprocess.run(
-            [BIN / "ray", "job", "list", "--address", address], capture_output=True, text=True, check=False,
-            env={**cluster.environment, "RAY_AUTH_TOKEN": token},
-        )  # fmt: skip
-        assert (answer.returncode == 0) == is_known
-        assert ("Invalid authentication token" in answer.stderr + answer.stdout) != is_known
+    stranger = subprocess.run(
+        [BIN / "ray", "job", "list", "--address", cluster.jobs_address],
+        env={**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert stranger.returncode != 0
+    assert "Invalid authentication token" in stranger.stderr + stranger.stdout
+    assert [job.submission_id for job in cluster.jobs.list_jobs()] == [name]
 
     def nodes_of_finished() -> list[str]:
         journal = tmp_path / "study.journal"
         trials = counted_trials(read_study(journal)) if journal.is_file() else []
         return [trial.user_attrs.get(WORKER, "").partition("/")[0] for trial in trials]
 
-    status = ""
-
     def is_over() -> bool:
-        nonlocal status
-        status = cluster.run("job", "status", name, "--address", address).stdout
-        return any(word in status for word in ("succeeded", "failed", "stopped"))
+        return cluster.jobs.get_job_status(name).is_terminal()
 
     def both_worked() -> bool:
         return len({*nodes_of_finished()} - {""}) == 2
 
     wait_until(lambda: both_worked() or is_over(), 400, "trials on both nodes")
-    assert both_worked(), cluster.run("job", "logs", name, "--address", address).stdout[-3000:]
+    assert both_worked(), cluster.jobs.get_job_logs(name)[-3000:]
     cluster.kill_node()
     before = len(nodes_of_finished())
     wait_until(lambda: len(nodes_of_finished()) > before + 3, 120, "trials on the node that is left")
     wait_until(is_over, 400, "end of the job")
-    logs = cluster.run("job", "logs", name, "--address", address).stdout
-    assert "succeeded" in status, logs[-3000:]
+    assert cluster.jobs.get_job_status(name) == JobStatus.SUCCEEDED, cluster.jobs.get_job_logs(name)[-3000:]
     trials = counted_trials(read_study(tmp_path / "study.journal"))
     assert len(trials) == NUM_EVALUATIONS
     assert [trial.user_attrs for trial in trials if trial.state != TrialState.COMPLETE] == []
@@ -141,17 +144,15 @@ with open_study(Path(sys.argv[1]) / "study.journal", PROBLEM, sampler) as study:
 """
 
 
-def test_a_node_that_joins_later_gets_work(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_node_that_joins_later_gets_work(head: Cluster, tmp_path: Path) -> None:
     """Trials last longer than a worker takes to start, as real ones do."""
-    cluster.kill_node()
-    wait_until(lambda: cluster.num_nodes() == 1, 90, "notice of the loss")
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path), cluster.address],
-        env=cluster.environment, cwd=ROOT,
+        [sys.executable, "-c", DRIVER, str(tmp_path), head.address],
+        env=head.environment, cwd=ROOT,
     )  # fmt: skip
     journal = tmp_path / "study.journal"
     wait_until(lambda: journal.is_file() and counted_trials(read_study(journal)), 120, "first trial")
-    cluster.add_node()
+    head.add_node()
     assert driver.wait(timeout=200) == 0
     trials = counted_trials(read_study(journal))
     assert len(trials) == 8
@@ -180,7 +181,7 @@ print("in the lane:", node == lane)
 @pytest.fixture(scope="module")
 def with_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, and one without CPUs to offer, which takes no trials, only what asks for its lane."""
-    with two_nodes(tmp_path_factory.mktemp("with_lane")) as cluster:
+    with running(tmp_path_factory.mktemp("with_lane"), 2) as cluster:
         cluster.add_node("--num-cpus=0", '--resources={"latency": 1}')
         wait_until(lambda: cluster.num_nodes() == 3, 90, "the lane")
         yield cluster
@@ -188,11 +189,8 @@ def with_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def measurements(cluster: Cluster) -> dict[str, str]:
     """What has been measured in the lane: nodes by task."""
-    tasks = cluster.run(
-        "list", "tasks", "--filter", "name=_call", "--format", "json",
-        "--address", f"http://127.0.0.1:{cluster.dashboard}",
-    )  # fmt: skip
-    return {task["task_id"]: task["node_id"] for task in json.loads(tasks.stdout)}
+    tasks = list_tasks(cluster.jobs_address, filters=[("name", "=", "_call")])
+    return {task.task_id: str(task.node_id) for task in tasks}
 
 
 def test_what_is_measured_has_a_node_to_itself(with_lane: Cluster) -> None:

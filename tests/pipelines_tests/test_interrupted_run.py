@@ -19,8 +19,9 @@ def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) ->
 
     A signal that can be handled, as a cluster sends it, comes before them.
     """
+    whole = arguments(tmp_path, "tracking=none")
     for stage, kill in [("train", signal.SIGTERM), *((stage.name, signal.SIGKILL) for stage in STAGES)]:
-        process = Command(arguments(tmp_path), tmp_path, tmp_path / "log", tmp_path / "log", os.environ)
+        process = Command(whole, tmp_path, tmp_path / "log", tmp_path / "log", os.environ)
         deadline = time.monotonic() + 120
         while not list((tmp_path / "out").glob(f"coco/stages/{stage}-*")):
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
@@ -34,7 +35,7 @@ def test_killed_in_every_stage_and_started_again_it_completes(tmp_path: Path) ->
             assert status == 130
             last_line = (tmp_path / "log").read_text().splitlines()[-1]
             assert last_line == "error: interrupted; what is finished is kept, and the same command goes on"
-    result = run_command(arguments(tmp_path), tmp_path)
+    result = run_command(whole, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {path.parent.name.split("-")[0] for path in (tmp_path / "out").glob("coco/stages/*/result.json")}
     assert found == {stage.name for stage in STAGES}

@@ -20,7 +20,7 @@ from tests.pipelines_tests.configuration import arguments
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, by the command line."""
     folder = tmp_path_factory.mktemp("nuscenes")
-    result = run_command(arguments(folder, experiment="nuscenes"), folder)
+    result = run_command(arguments(folder, "tracking=none", experiment="nuscenes"), folder)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stdout.txt").write_text(result.stdout)
     return folder

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from search.encoding import vector_of
 from search.study import counted_trials, read_study
-from tests.ray_cluster import ROOT, Cluster, two_nodes, wait_until
+from tests.ray_cluster import ROOT, Cluster, running, wait_until
 from tests.search_tests.evaluators import SPACE
 
 NUM_EVALUATIONS = 75  # of 81 vectors
@@ -56,7 +56,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
             assert times_begun.setdefault(number, begun[str(list(vector))]) == begun[str(list(vector))] > 0
         return len(known)
 
-    with two_nodes(tmp_path) as cluster:
+    with running(tmp_path, 2) as cluster:
         driver = start_driver(cluster, tmp_path)
         for victim in victims:
             goal = len(known) + chance.randrange(1, 6)
