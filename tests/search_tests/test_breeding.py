@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from optuna import Study
 from optuna.trial import FrozenTrial
@@ -154,3 +155,33 @@ def test_children_that_are_known_or_forbidden_are_bred_again() -> None:
     rng = Scripted(2 * [0.9, [1, 1], 0.4] + [0.9, [1, 1], 0.4], [*one_up, *one_up, *other])
     child = sampler.first_new({space.dense, SparsityVector((0.4, 0.0))}, lambda: sampler._breed(parents, rng))
     assert tuple(child) == (0.0, 0.4)
+
+
+class NSGA2Of(VectorNSGAIISampler):
+    """With parents that the test names."""
+
+    def __init__(self, problem: SearchProblem, config: SamplerConfig, parents: Sequence[Vector]) -> None:
+        super().__init__(problem, config)
+        self._named = [Parent(vector, (0.0,)) for vector in parents]
+
+    def parents_of(self, study: Study, trial: FrozenTrial) -> list[Parent]:
+        return self._named
+
+
+def test_nsga2_proposes_a_child_of_the_parents() -> None:
+    anything: Any = None
+    sampler = NSGA2Of(problem(), SamplerConfig(population_size=4, num_parents=2), [LOW, HIGH])
+    rng = Scripted([0.49, [0, 1, 0, 1, 0], 0.5], LOW_THEN_HIGH)
+    assert tuple(sampler.propose(anything, anything, set(), rng)) == (0.1, 0.7, 0.1, 0.7, 0.1)
+    rng.assert_used_up()
+
+
+def test_nsga2_proposes_any_vector_that_is_left_where_parents_breed_nothing_new() -> None:
+    """A mutant of the dense vector changes one of its two genes; the only vector left has both changed."""
+    anything: Any = None
+    space = SparsitySpace((2, 2), choices=(0.0, 0.4, 0.8))
+    config = SamplerConfig(population_size=4, crossover_share=0.0, mutation_probability=0.0, num_attempts=100)
+    sampler = NSGA2Of(problem(space=space), config, [space.dense])
+    known: set[Vector] = {*space} - {space.uniform(0.4)}
+    child = sampler.propose(anything, anything, known, np.random.default_rng(0))
+    assert child == space.uniform(0.4)

@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.dispatch import Budget, Dispatcher
+from search.encoding import distributions
 from search.problem import ELAPSED, REASON, WORKER, Constraint, Objective, SearchProblem
 from search.progress import SearchProgress
 from search.samplers import SamplerConfig, create_sampler
@@ -246,6 +247,21 @@ def test_a_budget_of_time_does_not_cut_a_batch(tmp_path: Path, monkeypatch: pyte
     assert dispatcher.stopped_by == "10 s are over"
     again = dispatched(tmp_path, Budget(seconds=20.0), "random")
     assert again.progress.elapsed_s == 11.0
+
+
+def test_time_is_over_at_the_second_and_begins_at_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that somebody else told does not say how long the search had taken by then."""
+    now = [0.0]
+    monkeypatch.setattr("search.progress.time.monotonic", lambda: now[0])
+    sampler = create_sampler(PROBLEM, SamplerConfig("random"))
+    with open_study(tmp_path / "study.journal", PROBLEM, sampler) as study:
+        study.tell(study.ask(distributions(SPACE)), state=TrialState.FAIL)
+        dispatcher = Dispatcher(study, PROBLEM, Budget(seconds=10.0))
+    assert dispatcher.progress.elapsed_s == 0.0
+    now[0] = 10.0
+    assert dispatcher.stopped_by == "10 s are over"
 
 
 def test_a_pause_waits_for_what_runs_and_revises_if_it_is_told_to(tmp_path: Path) -> None:

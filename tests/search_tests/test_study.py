@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from optuna import create_study
+from optuna import create_study, load_study
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -77,14 +77,41 @@ def test_a_trial_killed_before_its_vector_was_drawn_costs_nothing(tmp_path: Path
     assert [vector_of(trial, SPACE) for trial in counted].count(SPACE.uniform(0.4)) == 1
 
 
+def test_a_trial_whose_vector_another_sampler_drew_half_is_closed_and_its_vector_is_still_to_come(
+    tmp_path: Path,
+) -> None:
+    """The genes of its third stage are in an order that no vector has."""
+    path = tmp_path / "study.journal"
+    drawn = SparsityVector((0.1, 0.2, 0.3, 0.8, 0.5))
+    values = {**encode(drawn, SPACE), "stage3.pair1": 0.8, "stage3.pair2": 0.3}
+    with open_study(path, problem(), SAMPLER) as study:
+        study.enqueue_trial(values)
+        study.ask(distributions(SPACE))
+    with open_study(path, problem(), SAMPLER) as study:
+        assert seen_vectors(study, SPACE) == {drawn}
+        assert in_flight(study, SPACE) == []
+        assert study.trials[0].state == TrialState.FAIL
+        assert counted_trials(study) == []
+        assert seen_vectors(study, SPACE) == set()
+
+
+def test_the_study_has_the_name_by_which_other_programs_open_it(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    run(path, 1)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    assert len(load_study(study_name="sparsity", storage=storage).trials) == 1
+
+
 def test_torn_last_line_and_stale_lock_are_mended(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     run(path, 4)
+    before = path.read_bytes()
     with path.open("ab") as journal:
         journal.write(b'{"op_code": 5, "wor')
     path.with_name(path.name + ".lock").symlink_to(path)
     run(path, 6)
     assert len(counted_trials(read_study(path))) == 6
+    assert path.read_bytes().startswith(before + b'{"op_code"')
 
 
 def test_another_process_is_kept_out(tmp_path: Path) -> None:
