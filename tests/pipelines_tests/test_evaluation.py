@@ -8,11 +8,17 @@ import torch
 
 from pipelines import build
 from pipelines.evaluation import SharedTensor, SupernetEvaluatorFactory
+from search.dispatch import Budget
+from search.encoding import vector_of
+from search.engine import EngineConfig
 from search.evaluator import Evaluator
+from search.find_front import find_front
 from search.problem import WORKER
+from search.samplers import SamplerConfig
 from search.space import Vector
+from search.study import counted_trials, read_study
 from tests.pipelines_tests.configuration import composed, tiny_run
-from tests.search_tests.evaluators import search
+from tests.search_tests.evaluators import PROBLEM, SPACE
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class WhereWeightsAre:
         num_shared = sum(is_shared(each.data_ptr()) for each in weights.values())
 
         def evaluate(vector: Vector, budget: int | None) -> Mapping[str, float]:
-            return {"ap": 1 - sum(vector) / 4, "extra": num_shared / len(weights)}
+            share = num_shared / len(weights)
+            return {"ap": 1 - sum(vector) / 4, "extra": share, "num_samples": float(budget or 0)}
 
         return evaluate
 
@@ -41,6 +48,7 @@ def is_shared(address: int) -> bool:
 
 
 def test_the_workers_of_a_node_share_one_copy_of_the_weights(tmp_path: Path) -> None:
+    """In a whole search of one call, which also tells them how many samples a vector is scored on."""
     config = composed(*tiny_run(tmp_path))
     task = build.task(config, 3)
     model = task.build_model(build.backbone(config))
@@ -60,9 +68,17 @@ def test_the_workers_of_a_node_share_one_copy_of_the_weights(tmp_path: Path) -> 
     )
     rebuilt = factory.model().state_dict()
     assert all(torch.equal(rebuilt[name], value) for name, value in model.state_dict().items())
-    told = search(tmp_path, 12, WhereWeightsAre(factory), num_workers=2)
+    study = tmp_path / "study.journal"
+    front = find_front(
+        PROBLEM, WhereWeightsAre(factory), study, Budget(12), sampler=SamplerConfig("random"),
+        engine=EngineConfig(num_workers=2), sample_budget=7,
+    )  # fmt: skip
+    told = counted_trials(read_study(study))
+    assert len(told) == 12
+    assert {member.vector for member in front.members} <= {vector_of(trial, SPACE) for trial in told}
     assert len({trial.user_attrs[WORKER] for trial in told}) >= 2
     assert {trial.user_attrs["extra"] for trial in told} == {1.0}
+    assert {trial.user_attrs["num_samples"] for trial in told} == {7.0}
 
 
 def test_a_shared_tensor_keeps_type_and_shape() -> None:
