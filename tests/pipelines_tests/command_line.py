@@ -1,6 +1,6 @@
 """The command line in a process of its own, forked from one in which everything is imported already.
 
-That the command also starts from nothing is tested once, in `test_run`.
+That the command also starts from nothing, with a Ray of its own, is tested once, in `test_run`.
 """
 
 import multiprocessing
@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+import ray
 
 ROOT = Path(__file__).parents[2]
 RUN = str(ROOT / "pipelines" / "run.py")
@@ -55,16 +57,14 @@ class Command:
 
 
 def run_command(
-    arguments: Sequence[str], folder: Path, *, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str], folder: Path, *, python_path: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``pipelines/run.py`` with these arguments in a folder, to its end.
-
-    Args:
-        environment: of the process; without, ours.
-    """
+    """Run ``pipelines/run.py`` with these arguments in a folder, to its end, on the Ray that tests share."""
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": python_path}
     with tempfile.TemporaryDirectory() as logs:
         output, errors = Path(logs) / "output", Path(logs) / "errors"
-        status = Command(arguments, folder, output, errors, environment or os.environ).wait()
+        status = Command(arguments, folder, output, errors, environment).wait()
         return subprocess.CompletedProcess([RUN, *arguments], status, output.read_text(), errors.read_text())
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.workflow import run_pipeline
 from tests.pipelines_tests.command_line import run_command
-from tests.pipelines_tests.configuration import composed, tiny_run
+from tests.pipelines_tests.configuration import arguments, composed, tiny_run
 
 
 def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: Path) -> None:
@@ -26,8 +26,9 @@ def test_unreachable_budget_fails_before_training_and_names_the_range(tmp_path: 
 def test_where_a_search_cannot_run_or_write_it_fails_before_training(
     tmp_path: Path, override: str, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_pipeline(composed(*tiny_run(tmp_path, override, "tracking=none")))
+    result = run_command(arguments(tmp_path, override, "tracking=none"), tmp_path)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert f"error: {message}" in result.stderr
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 

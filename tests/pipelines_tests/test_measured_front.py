@@ -16,8 +16,6 @@ from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.__main__ import main
 from tests.pipelines_tests.configuration import MACS_FOR_LATENCY, composed, tiny_run
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
-
 
 def tiny(folder: Path, *overrides: str) -> ConfigSchema:
     return composed(*tiny_run(folder, "tracking=none", "cluster.num_workers=1", *overrides))

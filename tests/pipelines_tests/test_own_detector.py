@@ -1,7 +1,6 @@
 """The page docs/own-detector.md: one Python file and one YAML go through all six stages."""
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -46,7 +45,7 @@ def own_detector(tmp_path: Path) -> list[str]:
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return run_command(arguments, folder, environment={**os.environ, "PYTHONPATH": str(folder)})
+    return run_command(arguments, folder, python_path=str(folder))
 
 
 def test_the_page_runs_as_it_stands(

@@ -29,7 +29,6 @@ from sparsevit.sparsity import SparsitySpace
 from tests.pipelines_tests.configuration import composed, telling_run
 from tests.pipelines_tests.telling import NUM_STEPS, OF_CLASS, told
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
 SPACE = SparsitySpace((2, 2, 6, 2))
 DENSE, SPARSEST = SPACE.dense.ratios, SPACE.sparsest.ratios
 DENSE_MS = 100_000.0
