@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -106,15 +105,6 @@ def test_predict_one_and_all(table: Path, capsys: pytest.CaptureFixture[str]) ->
     for row in rows[::5000]:
         *ratios, latency = map(float, row)
         assert latency == pytest.approx(predictor.predict(SparsityVector(tuple(ratios))), rel=1e-5)
-
-
-def test_all_predictions_are_in_the_order_of_the_space() -> None:
-    space = SparsitySpace((2, 4, 3), choices=(0.0, 0.3, 0.7))
-    terms = tuple((0.0, -float(gene + 1), -2.5 * (gene + 1)) for gene in range(space.num_genes))
-    predictor = LatencyPredictor(space, 50.0, terms, SETTING)
-    ratios, latencies = predictor.predict_all()
-    assert [SparsityVector(tuple(row)) for row in ratios.tolist()] == list(space)
-    assert np.allclose(latencies, [predictor.predict(vector) for vector in space])
 
 
 def test_a_closed_pipe_is_no_error(table: Path) -> None:
