@@ -1,26 +1,23 @@
-"""The engine on a real Ray: failures, hangs, lost workers, bad settings."""
+"""The engine on a real Ray: failures, hangs, lost workers, workers side by side, bad settings."""
 
 import itertools
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from optuna.trial import FrozenTrial, TrialState
-from ray._common.utils import get_system_memory
-from ray._private.utils import get_used_memory
 
 from search.encoding import vector_of
-from search.engine import EngineConfig, check_cluster
+from search.engine import EngineConfig
 from search.problem import REASON
 from search.space import Vector
 from search.study import counted_trials, read_study
 from tests.ray_cluster import ROOT, wait_until
 from tests.search_tests.evaluators import (
     GIVES_NAN,
-    GREEDY,
     HANGS,
     HANGS_ONCE,
     LOSES_WORKER,
@@ -28,7 +25,6 @@ from tests.search_tests.evaluators import (
     RAISES,
     RAISES_ONCE,
     SPACE,
-    Greedy,
     Logged,
     Stuck,
     Treacherous,
@@ -37,6 +33,14 @@ from tests.search_tests.evaluators import (
 )
 
 NUM_BATCHED = 14
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_ray() -> Iterator[None]:
+    """A Ray that these searches run on. It believes in the GPU that it is told of."""
+    ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -64,24 +68,6 @@ def test_failures_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
             assert times_begun(tmp_path, vector) == 1 + (vector in (RAISES_ONCE, HANGS_ONCE, NAN_ONCE))
             assert trial.values == [trial.user_attrs["ap"], 10 - sum(vector)]
             assert trial.user_attrs["extra"] == 7
-
-
-def test_a_worker_killed_for_want_of_memory_costs_its_trial_alone(tmp_path: Path) -> None:
-    """Ray itself kills it, when half of the memory that is free now is taken."""
-    used, total = get_used_memory(), get_system_memory()  # type: ignore[no-untyped-call]
-    monitor = {"memory_usage_threshold": (used + total) / 2 / total, "memory_monitor_refresh_ms": 100}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=monitor)
-    try:
-        search(tmp_path, 6, Greedy(tmp_path), num_workers=2, num_retries=2)
-    finally:
-        ray.shutdown()
-    trials = counted_trials(read_study(tmp_path / "study.journal"))
-    assert len(trials) == 6
-    (failed,) = (trial for trial in trials if trial.state != TrialState.COMPLETE)
-    assert vector_of(failed, SPACE) == GREEDY
-    assert "OutOfMemoryError" in failed.user_attrs[REASON]
-    assert "running low on memory" in failed.user_attrs[REASON]
-    assert times_begun(tmp_path, GREEDY) == 3
 
 
 def test_a_worker_that_hangs_while_it_builds_the_evaluator_is_ended(tmp_path: Path) -> None:
@@ -128,13 +114,9 @@ def vectors_and_front(folder: Path) -> tuple[set[Vector | None], set[tuple[float
 
 
 def test_workers_keep_their_model_and_share_a_gpu(tmp_path: Path) -> None:
-    """Ray believes in the GPU that it is told of; the workers only look which one they were given."""
-    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        evaluator = Logged(tmp_path, seconds=0.05, num_workers=2)
-        search(tmp_path, 15, evaluator, num_workers=2, gpus_per_worker=0.5)
-    finally:
-        ray.shutdown()
+    """The workers only look which GPU they were given."""
+    evaluator = Logged(tmp_path, seconds=0.05, num_workers=2)
+    search(tmp_path, 15, evaluator, num_workers=2, gpus_per_worker=0.5)
     given = [path.read_text() for path in tmp_path.glob("worker-*")]
     assert most_at_a_time(tmp_path) == 2
     # Tune may give a worker that is still starting up for one that is free already.
@@ -151,28 +133,6 @@ def most_at_a_time(folder: Path) -> int:
         for moment, change in zip(line.split(), (1, -1), strict=True)
     ]
     return max(itertools.accumulate(change for _, change in sorted(moments)))
-
-
-def test_what_no_worker_can_do_stops_the_search_with_its_reason(tmp_path: Path) -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        with pytest.raises(ValueError, match=r"no node has room .*gpus_per_worker=1: the nodes have 1 CPUs"):
-            search(tmp_path, 5, Logged(tmp_path), num_workers=1, gpus_per_worker=1)
-        with pytest.raises(ValueError, match="cannot be built: FileNotFoundError: .*/nowhere/worker-"):
-            search(tmp_path, 5, Logged(tmp_path / "nowhere"), num_workers=1)
-        assert counted_trials(read_study(tmp_path / "study.journal")) == []  # mended, they are evaluated
-        search(tmp_path, 5, Logged(tmp_path, seconds=0), num_workers=1)
-    finally:
-        ray.shutdown()
-    trials = counted_trials(read_study(tmp_path / "study.journal"))
-    assert [trial.state for trial in trials] == 5 * [TrialState.COMPLETE]
-
-
-def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
-    start = time.monotonic()
-    with pytest.raises(ValueError, match="no Ray cluster answers at '127.0.0.1:1' .*ray start --head"):
-        check_cluster("127.0.0.1:1")
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
