@@ -175,6 +175,58 @@ def test_what_is_no_subject(
     assert f"error: {message}" in capsys.readouterr().err
 
 
+def test_all_predictions_are_csv(
+    table: LatencyPredictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(tmp_path / "table.json"), "--all"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header == ",".join([*SPACE.gene_names, "latency_ms"])
+    expected = [",".join(map(str, [*map(float, v), f"{table.predict(v):.6g}"])) for v in SPACE]
+    assert rows == expected
+    assert main(["predict", str(tmp_path / "table.json"), "0.5", "0", "0", "0", "0", "0.5"]) == 0
+    assert capsys.readouterr().out == "35 ms ± 1.1 ms\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("calibrate", "measure this device and write a table"),
+        ("validate", "measure vectors that the table has not seen"),
+        ("predict", "milliseconds of a vector, or of all, as CSV"),
+        ("show", "what was measured, on what, and how well it predicts"),
+        (
+            "calibrate backbone|export",
+            "swin_b, swin_b_window12, swin_l, swin_l_window12, swin_nano, swin_s, ",
+        ),
+        ("calibrate table", "JSON that is written"),
+        ("calibrate --image-size HEIGHT WIDTH", "of a backbone; a model is measured on the image of its"),
+        ("calibrate --threads THREADS", "of a CPU"),
+        ("calibrate --choices CHOICES [CHOICES ...]", "ratios of a gene"),
+        ("calibrate --prior PRIOR", "table of another device, dtype, batch or size to start from"),
+        ("calibrate --num-vectors NUM_VECTORS", "that the table is fitted to: 110, or 15 with --prior"),
+        ("calibrate --num-held-out NUM_HELD_OUT", "that score it: 50, or none with --prior"),
+        ("calibrate --trusted", "the export may import and call the task that it names, if that is not one"),
+        ("calibrate --half-width HALF_WIDTH", "of the 95 % confidence interval of a latency, relative, that"),
+        ("calibrate --min-rounds MIN_ROUNDS", "of forward passes"),
+        ("validate --max-minutes MAX_MINUTES", "after which no further round begins"),
+        ("validate --model MODEL", "export of the model that the table is about"),
+    ],
+)
+def test_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    name, _, argument = words.partition(" ")
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"] if argument else ["--help"])
+    found = capsys.readouterr().out
+    assert f" {argument or name} {said}" in " ".join(found.split())
+    if not argument:
+        assert "[-h] calibrate | validate | predict | show ..." in found
+        assert "\nCalibrate a device that has nothing but torch" in found
+        assert "\n    python -m sparsevit.latency show latency.json\n" in found
+
+
 def test_show_to_the_letter(
     table: LatencyPredictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

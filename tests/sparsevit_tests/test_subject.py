@@ -97,7 +97,8 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("was_training", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("fp32", (torch.float32, False)), ("bf16", (torch.bfloat16, True))]
+    ("dtype", "expected"),
+    [("fp32", (torch.float32, False)), ("bf16", (torch.bfloat16, True)), ("fp16", (torch.float16, True))],
 )
 def test_a_model_is_given_its_inputs_in_evaluation_under_autocast(
     backbone: SparseSwin, checked: list[Any], was_training: bool, dtype: str,
@@ -227,6 +228,43 @@ def test_a_compiler_is_given_the_vector_made_permanent(
     features: Any = subject.specialized_call(backbone, images, VECTOR, "compiled", tmp_path)()
     assert all(map(torch.equal, features, backbone(images, VECTOR)))
     assert asked == [{"fullgraph": True, "dynamic": False, "mode": None}]
+
+
+def test_a_gpu_compiles_to_a_graph_and_has_a_provider(
+    backbone: SparseSwin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[object] = []
+    images: Any = SimpleNamespace(
+        shape=(1, 3, 16, 24), device=torch.device("cuda"), clone=lambda: None, cpu=lambda: torch.zeros(1)
+    )  # fmt: skip
+
+    def session(path: Path, options: Options, providers: list[str]) -> SimpleNamespace:
+        found.append(providers)
+        return SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="images")], run=print)
+
+    def make(module: nn.Module, **options: object) -> Callable[[], None]:
+        found.append(options["mode"])
+        return lambda: None
+
+    installed(monkeypatch, session)
+    monkeypatch.setattr(torch, "compile", make)
+    monkeypatch.setattr(torch.onnx, "export", lambda module, images, path, **options: path.touch())
+    subject.specialized_call(backbone, images, VECTOR, "compiled", tmp_path)
+    subject.specialized_call(backbone, images, VECTOR, "onnxruntime", tmp_path)
+    assert found == ["reduce-overhead", ["CUDAExecutionProvider"]]
+
+
+def test_graphs_of_a_subject_share_their_memory(
+    backbone: SparseSwin, checked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(subject, "check_runtime", lambda runtime, dtype, device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+    monkeypatch.setattr(subject, "graphed_call", lambda *given: asked.append(given))
+    with backbone_subject(backbone, batch_size=1, image_size=(8, 8), runtime="cuda_graph") as found:
+        found.call_of(VECTOR)
+    ((call, device, pool),) = asked
+    assert (call.args[1], device, pool) == (VECTOR, CPU, "a pool")
 
 
 def test_a_compiler_has_room_for_a_graph_of_every_vector_while_it_measures(
