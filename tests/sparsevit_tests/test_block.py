@@ -38,7 +38,10 @@ def test_rows_of_kept_windows(kept_BK: Tensor | None, size: tuple[int, int], shi
     assert (found.num_images, found.grid) == (2, grid)
     is_padded = size == (7, 6)
     padding = [[row == 2 * num_tokens for row in window] for window in rows]
-    assert found.is_padding_PN is None if not is_padded else found.is_padding_PN.tolist() == padding
+    if is_padded:
+        assert found.is_padding_PN is not None and found.is_padding_PN.tolist() == padding
+    else:
+        assert found.is_padding_PN is None
     flat = [not each for window in padding for each in window]
     positions = [number for number, is_there in enumerate(flat) if is_there]
     if is_padded and kept_BK is None:
@@ -46,7 +49,10 @@ def test_rows_of_kept_windows(kept_BK: Tensor | None, size: tuple[int, int], shi
     else:
         assert found.positions_S is None
     types = [int(grid.mask_type_M[m]) for image in range(2) for m in numbers[image]]
-    assert found.mask_type_P is None if not shift else found.mask_type_P.tolist() == types
+    if shift:
+        assert found.mask_type_P is not None and found.mask_type_P.tolist() == types
+    else:
+        assert found.mask_type_P is None
     whole = found.whole()
     expected = found.rows_PN.flatten()
     assert torch.equal(whole.rows_S, expected if found.positions_S is None else expected[positions])

@@ -43,7 +43,7 @@ def test_a_step_is_worth_what_its_macs_are() -> None:
     vectors = list(SPACE)
     found = prior_from_macs(SPACE, vectors, [5 + 2 * by_table(each) for each in vectors], by_table)
     assert found.savings_ms == pytest.approx([2 * step for step in STEPS])
-    least = 0.3 * 2 * np.mean(STEPS)
+    least = 0.3 * 2 * float(np.mean(STEPS))
     assert found.spread_ms == pytest.approx([0.5 * max(2 * step, least) for step in STEPS])
     slower = prior_from_macs(SPACE, vectors, [90 - by_table(each) for each in vectors], by_table)
     assert slower == StepPrior((0.0,) * 6, (0.0,) * 6)

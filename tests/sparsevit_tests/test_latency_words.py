@@ -12,7 +12,7 @@ import torch
 
 from sparsevit import SparseSwin, SparsitySpace, SparsityVector, create_backbone
 from sparsevit.export import export_model
-from sparsevit.latency import LatencyPredictor, machine
+from sparsevit.latency import LatencyPredictor
 from sparsevit.latency import __main__ as command
 from sparsevit.latency.__main__ import main
 from sparsevit.latency.predictor import LatencySetting, Measurement
@@ -126,7 +126,7 @@ def test_validate_measures_100_vectors_of_its_own_as_the_table_says(
         return {"rmspe": 0.25}
 
     monkeypatch.setattr(command, "validate", validate)
-    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert main(["validate", str(tmp_path / "table.json")]) == 0
     assert device == [{"batch_size": 2, "image_size": (64, 96), "dtype": "fp32", "runtime": "eager"}]
     assert [(config.num_held_out, config.seed) for config in asked] == [(100, 1)]

@@ -1,5 +1,8 @@
 """What a device tells of itself: its names, how busy it is, its memory and its counters of energy."""
 
+import ctypes
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -23,9 +26,9 @@ def test_a_processor_has_the_name_of_its_first_core(tmp_path: Path, monkeypatch:
     info.write_text("processor : 0\nmodel name\t: Fast: CPU @ 2 GHz \nmodel name\t: another\n")
     monkeypatch.setattr(machine, "Path", lambda path: {"/proc/cpuinfo": info}[path])
     assert machine.device_name(CPU) == "Fast: CPU @ 2 GHz"
-    monkeypatch.setattr(machine.platform, "machine", lambda: "riscv")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv")
     for name, expected in (("some processor", "some processor"), ("", "riscv")):
-        monkeypatch.setattr(machine.platform, "processor", lambda name=name: name)
+        monkeypatch.setattr(platform, "processor", lambda name=name: name)
         info.write_text("processor : 0\n")
         assert machine.device_name(CPU) == expected
     info.unlink()
@@ -38,10 +41,10 @@ def test_a_machine_is_described_by_what_can_be_read(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "_first_line", lambda path: lines.get(str(path)))
     monkeypatch.setattr(machine, "_commit", lambda: "abc")
     monkeypatch.setattr(machine, "keep_freed_memory", lambda: True)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
     expected = {
-        "release": sparsevit.__version__, "system": machine.platform.platform(),
-        "python": machine.platform.python_version(), "cores": 5, "processor": machine.device_name(CPU),
+        "release": sparsevit.__version__, "system": platform.platform(),
+        "python": platform.python_version(), "cores": 5, "processor": machine.device_name(CPU),
     }  # fmt: skip
     told = {"commit": "abc", "max_clock_mhz": 3400}
     assert machine.describe_machine(CPU) == expected | {"keeps_freed_memory": True} | told
@@ -171,7 +174,7 @@ def test_what_the_c_library_keeps_is_given_back_before(
 ) -> None:
     given: list[int] = []
     library = SimpleNamespace(malloc_trim=given.append) if can_trim else SimpleNamespace()
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert memory.peak_mib(lambda: None, CPU) == pytest.approx((9999 - 2048) / 1024)
     assert given == ([0] if can_trim else [])
 
