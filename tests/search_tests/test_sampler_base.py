@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -13,9 +14,11 @@ from search.encoding import distributions, encode, vector_of
 from search.problem import Constraint, Objective, SearchProblem
 from search.samplers import POPULATION_SAMPLERS, SamplerConfig, create_sampler
 from search.samplers.base import GenerationSampler, Parent, costs_of
+from search.samplers.stock import StockSampler, nsga2_stock, tpe
 from search.space import GeneSpace, Vector
 from search.study import enqueue, open_study
 from search.variation import SearchExhausted
+from tests.search_tests.scripted import Scripted
 
 SPACE = GeneSpace({"early": (0.0, 1.0, 2.0), "late": (0.0, 1.0)})
 MILLISECONDS = {"scale": 1.0}
@@ -268,3 +271,57 @@ def test_optuna_is_told_the_size_of_a_population(name: str) -> None:
     sampler = create_sampler(problem_of(), SamplerConfig(name, population_size=4))
     assert isinstance(sampler, GenerationSampler)
     assert sampler.population_size == 4
+
+
+def test_random_over_the_genes_draws_every_gene_from_its_choices() -> None:
+    anything: Any = None
+    sampler = create_sampler(problem_of(), SamplerConfig("random", spread="genes"))
+    rng = Scripted([], [[2, 1]])
+    assert sampler.propose(anything, anything, set(), rng) == (2.0, 1.0)
+    rng.assert_used_up()
+
+
+class Half(optuna.samplers.BaseSampler):
+    """Draws the first gene as one of a whole, the second by itself, always the same."""
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        return {"early": distributions(SPACE)["early"], "foreign": distributions(SPACE)["late"]}
+
+    def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+        assert list(search_space) == ["early"]
+        return {"early": 2.0}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        assert (param_name, param_distribution) == ("late", distributions(SPACE)["late"])
+        return 1.0
+
+
+def test_a_stock_sampler_draws_what_it_can_as_a_whole_and_anything_where_that_is_known() -> None:
+    seeds: list[int] = []
+
+    def make(seed: int) -> optuna.samplers.BaseSampler:
+        seeds.append(seed)
+        return Half()
+
+    anything: Any = None
+    sampler = StockSampler(problem_of(), SamplerConfig("tpe"), make)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert sampler.propose(anything, anything, set(), rng) == (2.0, 1.0)
+    assert len(set(seeds)) == 20  # every proposal has one of its own
+    known = {*SPACE} - {(1.0, 0.0)}
+    assert sampler.propose(anything, anything, known, np.random.default_rng(0)) == (1.0, 0.0)
+
+
+def test_the_samplers_of_optuna_that_are_taken() -> None:
+    """Genes drawn all together, and generations of the size that is set."""
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    enqueue(study, list(SPACE), problem_of())
+    for _ in range(4):
+        study.tell(study.ask(distributions(SPACE)), [0.5, 1.0])
+    sampler = tpe(problem_of(), SamplerConfig("tpe"))
+    inner = sampler._make(0)
+    assert set(inner.infer_relative_search_space(study, study.trials[-1])) == {"early", "late"}
+    stock = nsga2_stock(problem_of(), SamplerConfig("nsga2_stock", population_size=6))._make(0)
+    assert isinstance(stock, optuna.samplers.NSGAIISampler)
+    assert stock.population_size == 6
