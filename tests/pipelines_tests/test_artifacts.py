@@ -2,20 +2,37 @@
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import Timeout
 
-from pipelines.artifacts import ArtifactStore, acquire_lock, content_key
+from pipelines.artifacts import (
+    RESULT_FILE,
+    ArtifactStore,
+    StageResult,
+    acquire_lock,
+    content_key,
+    read_json,
+)
 
 
 def test_a_finished_stage_is_found_and_not_executed_again(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    first = store.run("adapt", "k", {}, lambda _: {"loss": 1.0})
+    first = store.run("adapt", "k", {"seed": 7}, lambda _: {"loss": 1.0})
     again = store.run("adapt", "k", {}, lambda _: {"loss": 2.0})
-    assert not first.was_reused and again.was_reused
-    assert again.metrics == {"loss": 1.0}
+    assert first == StageResult(
+        "adapt", "k", tmp_path / "adapt-k", {"loss": 1.0}, first.seconds, was_reused=False
+    )
+    assert again == replace(first, was_reused=True)
+    assert read_json(first.folder / RESULT_FILE) == {
+        "stage": "adapt",
+        "key": "k",
+        "metrics": {"loss": 1.0},
+        "seconds": first.seconds,
+        "depends_on": {"seed": 7},
+    }
 
 
 def test_a_stage_that_raises_is_not_finished_and_can_be_tried_again(tmp_path: Path) -> None:
