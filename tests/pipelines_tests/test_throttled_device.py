@@ -49,6 +49,7 @@ class Device:
         self.slowdown = 1.0
         self.factor_of: Mapping[SparsityVector, float] = {}
         self.measured: list[SparsityVector] = []
+        self.warnings: tuple[str, ...] = ()
 
     def __call__(
         self, run: Run, stage: str, vectors: Sequence[SparsityVector], limits: TimingLimits, label: str
@@ -61,7 +62,7 @@ class Device:
             )
             for each in vectors
         ]  # fmt: skip
-        return Measured(tuple(found), self.slowdown * self.predictor.base_ms, 0.0, 0.0, 0.0, ())
+        return Measured(tuple(found), self.slowdown * self.predictor.base_ms, 0.0, 0.0, 0.0, self.warnings)
 
 
 @pytest.fixture
@@ -202,3 +203,32 @@ def test_a_lane_measures_for_the_machine_that_it_is_on(run: Run, start: Start) -
     assert front.every == run.config.search.measure_every
     front.measure(progress(VECTORS))
     assert device.measured
+
+
+def test_a_deterministic_search_says_that_it_is_measured_at_its_end(
+    run: Run, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run.config.search.deterministic = True
+    front, _ = start()
+    assert front.every is None
+    assert "deterministic: the front is measured at the end, no table is refitted" in caplog.text
+    caplog.clear()
+    run.config.search.measure_every = None  # nor would it be measured otherwise
+    assert front.every is None
+    assert caplog.text == ""
+
+
+def test_what_a_measurement_warns_of_and_a_refit_are_told(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    front, device = start()
+    device.warnings = ("the clock rate fell",)
+    device.factor_of = {VECTORS[0]: 1.5}
+    assert front.measure(progress(VECTORS))
+    assert "  warning: the clock rate fell" in caplog.text
+    assert (
+        "  1 of 3 new front members are off by more than ±5.0%: the latency table is refitted "
+        f"(now ±{100 * front.predictor.error_bar:.1f}%)"
+    ) in caplog.text
