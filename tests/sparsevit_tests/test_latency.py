@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsevit import SparsitySpace, SparsityVector, create_backbone
+from sparsevit import SparseSwin, SparsitySpace, SparsityVector, SwinConfig, create_backbone
 from sparsevit.backbone import BACKBONES
 from sparsevit.latency import LatencyPredictor
 from sparsevit.latency.calibration import CalibrationConfig, design_vectors, measure
@@ -170,6 +170,15 @@ def test_macs_are_those_that_the_backbone_computes(size: tuple[int, int], ratio:
     with FlopCounterMode(display=False) as counter:
         backbone(torch.zeros(1, 3, *size), vector)
     assert counter.get_total_flops() == 2 * count_macs(backbone.config, size, vector)
+
+
+@pytest.mark.parametrize("size", [(23, 30), (37, 22), (21, 53)])
+def test_macs_of_a_small_backbone_whose_every_grid_is_odd(size: tuple[int, int]) -> None:
+    """What is left of a patch is cut off; grids are padded for windows and for merging."""
+    backbone = SparseSwin(SwinConfig(6, (1, 1, 3), (1, 2, 3), window_size=3, patch_size=2, mlp_ratio=1.5))
+    with FlopCounterMode(display=False) as counter:
+        backbone.eval()(torch.zeros(1, 3, *size))
+    assert counter.get_total_flops() == 2 * count_macs(backbone.config, size, backbone.space.dense)
 
 
 @pytest.mark.parametrize(
