@@ -314,7 +314,7 @@ def test_what_a_worker_makes_its_evaluator_of(run: Run) -> None:
     run.config.cluster.cpus_per_worker = 2.5
     factory = evaluator_factory(run, model)
     assert (factory.backbone, factory.task) == ("swin_nano", "tests.pipelines_tests.telling:Telling")
-    assert factory.task_config == {"num_classes": run.task.config.num_classes}  # type: ignore[attr-defined]
+    assert factory.task_config == {"num_classes": run.task.config.num_classes}
     assert factory.data_root == run.search_set.root.resolve()
     assert (factory.split, factory.image_folder) == ("search", None)
     assert factory.sample_ids == tuple(run.search_set.sample_ids)
@@ -364,7 +364,7 @@ def test_a_thin_front_keeps_its_ends_and_the_chosen_member() -> None:
     front = [FrontMember(vector, {}) for vector in itertools.islice(SPACE, 9)]
 
     def kept(chosen: int, limit: int | None) -> list[int]:
-        thin = _thin(front, front[chosen].vector, limit)  # type: ignore[arg-type]
+        thin = _thin(front, front[chosen].vector, limit)
         return [front.index(member) for member in thin]
 
     assert kept(4, None) == kept(4, 9) == kept(4, 10) == list(range(9))
