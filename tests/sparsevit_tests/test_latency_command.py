@@ -42,15 +42,15 @@ def threads() -> Iterator[None]:
 
 def test_calibrate_then_validate_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latency.json"
-    measure = ["--num-vectors", "60", "--num-held-out", "6", "--max-rounds", "3"]
-    measure += ["--image-size", "128", "160", "--batch-size", "2", "--threads", "1", "--dtype", "bf16"]
+    measure = ["--num-vectors", "24", "--num-held-out", "4", "--max-rounds", "3"]
+    measure += ["--image-size", "64", "96", "--batch-size", "2", "--threads", "1", "--dtype", "bf16"]
     assert main(["calibrate", "swin_nano", str(path), *measure]) == 0
     printed = capsys.readouterr()
     assert "rmspe" in printed.out and f"written: {path}" in printed.out
     assert "passes" in printed.err
     predictor = LatencyPredictor.load(path)
     setting = predictor.setting
-    assert (setting.backbone, setting.image_size, setting.batch_size) == ("swin_nano", (128, 160), 2)
+    assert (setting.backbone, setting.image_size, setting.batch_size) == ("swin_nano", (64, 96), 2)
     assert (setting.dtype, setting.num_threads) == ("bf16", 1)
     assert predictor.provenance["cores"] >= 1
     assert predictor.provenance["processor"]
@@ -61,7 +61,7 @@ def test_calibrate_then_validate_and_show(tmp_path: Path, capsys: pytest.Capture
     assert "the table is about" not in printed.err  # the same machine and threads
     assert main(["show", str(path)]) == 0
     shown = capsys.readouterr().out
-    for words in ("(128, 160)", "bf16", "stage3.pair2", "dense", "repeat_noise", setting.device):
+    for words in ("(64, 96)", "bf16", "stage3.pair2", "dense", "repeat_noise", setting.device):
         assert words in shown
 
 
