@@ -58,6 +58,7 @@ class Cluster:
         log = (self.folder / f"node-{len(self._nodes)}.log").open("wb")
         command: list[str] = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", temporary, *options]
         command.append("--object-store-memory=100000000")
+        command.append(f"--dashboard-agent-listen-port={free_port()}")  # that of any other Ray here is taken
         node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self._nodes.append(node)
         return node
@@ -72,7 +73,7 @@ class Cluster:
         """Kill the node that was added last."""
         kill(self._nodes[-1])
 
-    def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [BIN / "ray", *command], env=self.environment, capture_output=True, text=True, check=False,
             timeout=timeout, cwd=ROOT,
@@ -109,7 +110,7 @@ def running(folder: Path, num_nodes: int) -> Iterator[Cluster]:
     for _ in range(num_nodes - 1):
         cluster.add_node()
     try:
-        wait_until(lambda: cluster.num_nodes() == num_nodes, 120, f"{num_nodes} nodes")
+        wait_until(lambda: cluster.num_nodes() == num_nodes, 300, f"{num_nodes} nodes")
         yield cluster
     finally:
         cluster.stop()

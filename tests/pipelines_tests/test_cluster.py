@@ -83,14 +83,16 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
         "cluster=ray", "cluster.num_workers=null", f"search.num_evaluations={NUM_EVALUATIONS}",
         f"search.storage={tmp_path / 'study.journal'}", "until=search",
     ]  # fmt: skip
-    for attempt in range(9):  # on a busy machine the agent of a new node takes a while
-        name = f"search-{attempt}"
+    name = "search"
+    deadline = time.monotonic() + 400
+    while True:  # on a busy machine the agent of a new node takes a while
         submitted = cluster.run(
             "job", "submit", "--address", cluster.jobs_address, "--working-dir", ".", "--no-wait",
             "--submission-id", name, "--", "python", "pipelines/run.py", "+experiment=coco", *overrides,
         )  # fmt: skip
-        if submitted.returncode == 0:
+        if submitted.returncode == 0 or time.monotonic() > deadline:
             break
+        name += "-again"
         time.sleep(10)
     assert submitted.returncode == 0, submitted.stderr
     stranger = subprocess.run(
@@ -100,7 +102,7 @@ def test_a_submitted_job_survives_the_loss_of_a_node(cluster: Cluster, tmp_path:
     )  # fmt: skip
     assert stranger.returncode != 0
     assert "Invalid authentication token" in stranger.stderr + stranger.stdout
-    assert [job.submission_id for job in cluster.jobs.list_jobs()] == [name]
+    assert name in [job.submission_id for job in cluster.jobs.list_jobs()]
 
     def nodes_of_finished() -> list[str]:
         journal = tmp_path / "study.journal"
@@ -151,9 +153,9 @@ def test_a_node_that_joins_later_gets_work(head: Cluster, tmp_path: Path) -> Non
         env=head.environment, cwd=ROOT,
     )  # fmt: skip
     journal = tmp_path / "study.journal"
-    wait_until(lambda: journal.is_file() and counted_trials(read_study(journal)), 120, "first trial")
+    wait_until(lambda: journal.is_file() and counted_trials(read_study(journal)), 300, "first trial")
     head.add_node()
-    assert driver.wait(timeout=200) == 0
+    assert driver.wait(timeout=400) == 0
     trials = counted_trials(read_study(journal))
     assert len(trials) == 8
     assert [trial.user_attrs for trial in trials if trial.state != TrialState.COMPLETE] == []
